@@ -1,0 +1,202 @@
+"""One result row: what was measured, on what, how, by which command; appended to a JSON-lines file, one by one.
+
+Winnow's own; the wish for results with their environment is peft's (method comparison, 2025).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SCHEMA = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Data(_Part):
+    """The images: name, split, how many, and a hash of what came first to last."""
+
+    name: str
+    split: str = ""
+    n: int
+    hash: str = ""
+
+
+class Paired(_Part):
+    """Exact McNemar test on the same images: wins = ours right and theirs wrong."""
+
+    against: str
+    wins: int
+    losses: int
+    p: float
+
+
+class Accuracy(_Part):
+    """Top-1 with its 95 % Wilson interval; `hits` is one bit per image, hexadecimal, so that any two rows can be paired."""
+
+    value: float
+    low: float
+    high: float
+    agreement: float | None = None
+    """Share of images whose top-1 equals the plain model's."""
+    hits: str = ""
+    vs_plain: Paired | None = None
+    vs_baseline: Paired | None = None
+
+
+class Macs(_Part):
+    """Multiply-adds per image: counted on executed (padded) tokens; closed form per image, mean and max over the data."""
+
+    counted: float
+    closed: float | None = None
+    mean: float | None = None
+    max: float | None = None
+    convention: str = "mac"
+    left_out: dict[str, int] = {}
+
+
+class Latency(_Part):
+    """One interleaved comparison at one batch size: ms per batch, ratio = plain / reduced, 95 % interval, A/A null run."""
+
+    batch: int
+    plain_ms: float
+    reduced_ms: float
+    ratio: float
+    low: float
+    high: float
+    null: float
+    null_low: float
+    null_high: float
+    pairs: int
+    reducer_share: float | None = None
+    threads: int | None = None
+
+
+class Row(_Part):
+    """One measured configuration."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
+    task: str
+    model: str
+    weights: str | None
+    """First 16 hex digits of the SHA-256 of the weights; None = random initialisation."""
+    data: Data | None = None
+    method: str | None
+    """The method's spelling; None = the plain model."""
+    role: Literal["plain", "method", "baseline"] = "method"
+    way: str = "static"
+    counts: list[float] | None = None
+    """Patch tokens entering block 0 and after each block, mean over the images."""
+    accuracy: Accuracy | None = None
+    macs: Macs | None = None
+    latency: list[Latency] = []
+    memory_mib: float | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    environment: dict[str, str] = {}
+    commit: str | None = None
+    command: str = ""
+    time: str = ""
+
+
+def append(path: Path, row: Row) -> None:
+    """Append one row and force it to disk; OSError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(row.model_dump_json(by_alias=True, exclude_none=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a JSON-lines file; ValueError names the line that is not a row or is from a newer Winnow."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row.model_validate(upgrade(json.loads(line))))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}:{number} is not JSON (an interrupted write?): delete that line") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}:{number} is not a result row: {where}: {first['msg']}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return rows
+
+
+def upgrade(raw: dict) -> dict:
+    """Bring an older row to today's schema; ValueError on a newer one."""
+    found = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(found, int):
+        raise ValueError("no `schema` number, so this is not a result row")
+    if found > SCHEMA:
+        raise ValueError(f"row of schema {found}, this Winnow reads up to {SCHEMA}: upgrade Winnow")
+    return raw
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Versions and machine, as recorded in every row."""
+    import torch
+
+    found = {"python": platform.python_version(), "platform": platform.machine(), "cpu": _cpu_name()}
+    found["threads"] = str(torch.get_num_threads())
+    for name in ("winnow-vision", "torch", "timm", "open_clip_torch", "transformers", "torchvision", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of the working directory, with `+` where it is dirty; None outside git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def now() -> str:
+    """UTC time, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def command() -> str:
+    """The command line as typed, without this machine's path to the program."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
