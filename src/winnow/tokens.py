@@ -70,7 +70,7 @@ class Tokens:
     """[B, N, C] features."""
     ledger: Ledger
     grid: tuple[int, int] | None = None
-    """(h, w) while the tokens form a full grid in raster order, None after that."""
+    """(h, w) of the P patches of this input; None where the host does not say."""
     order: Tensor | None = None
     """[B, N] tokens listed in the order the method's paper emits them; None where that is the raster order."""
     score: Tensor | None = None
@@ -83,5 +83,5 @@ class Tokens:
 
     def moved(self, x: Tensor, move: Tensor, n: int, valid: Tensor | None = None, **more) -> Tokens:
         """These tokens after a step: features `x`, tokens gone to `move` [B, N] among `n`."""
-        fresh = {"grid": None, "order": None, "score": None} | more
+        fresh = {"order": None, "score": None} | more
         return replace(self, x=x, ledger=self.ledger.step(move, n, valid), **fresh)

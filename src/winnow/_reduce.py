@@ -1,0 +1,125 @@
+"""reduce, restore, reduced, watch, reducer_of: put a reducer into a model, take it out, look at what it did.
+
+Winnow's own; what is done to the model is said in the README.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ._run import Host, Seat, Slot, Watch, block_forward
+from .adapters import host_of, unwrap
+from .reducer import Method, Reducer
+from .ways import Way, check_way
+
+Model = TypeVar("Model", bound=nn.Module)
+EXPLAIN = {
+    "cls_attention": ("class-token attention", "has no class token", 'ToMe or NormThreshold, or attention="received"'),
+}
+
+
+def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None = None) -> Model:
+    """Put `method` into the model, in place; returns the model.
+
+    way: "auto", "static", "masked" or Padded(16). blocks: dotted path of the list of blocks, for models of no known
+    family. TypeError / ValueError, before anything is touched, where model and method do not fit; says what would.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"reduce() needs a method such as ToMe(r=8), got {method!r}; winnow.parse() reads spellings")
+    _check_free(model)
+    host = host_of(model, blocks)
+    _check_fit(model, host, method)
+    way = check_way(way, method.facts, repr(method))
+
+    setting = host.setting
+    reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
+    seat = Seat(host, reducer, way)
+    like = next(host.blocks[0].parameters(), torch.empty(0))
+    reducer.to(like.device, like.dtype).train(model.training)
+    reducer.seat = seat
+    model.reducer = reducer
+    for index, (block, view) in enumerate(zip(host.blocks, host.views)):
+        _replace(seat, block, "forward", block_forward, Slot(seat, block, index, view))
+    for patch in host.patches:
+        _replace(seat, patch.module, patch.name, patch.function, Slot(seat, patch.module))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Take the reducer out again: bit for bit the model that came; returns the model. ValueError if there is none."""
+    inner = unwrap(model)
+    for module, name in seat_of(inner).patched:
+        del module.__dict__[name]
+    del inner.reducer
+    return model
+
+
+@contextmanager
+def reduced(model: Model, method: Method, way: Way = "auto", blocks: str | None = None) -> Iterator[Model]:
+    """`reduce` on entry, `restore` on exit."""
+    reduce(model, method, way, blocks)
+    try:
+        yield model
+    finally:
+        restore(model)
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[Watch]:
+    """What the last forward did: counts, valid_counts, ledger, ledgers by layer, scores by site. Watches nest."""
+    seat, seen = seat_of(model), Watch()
+    seat.watches.append(seen)
+    try:
+        yield seen
+    finally:
+        seat.watches.remove(seen)
+
+
+def reducer_of(model: nn.Module) -> Reducer:
+    """The reducer inside, through DDP, compile and peft wrappers; ValueError if the model is not reduced."""
+    found = getattr(unwrap(model), "reducer", None)
+    if not isinstance(found, Reducer):
+        raise ValueError(f"{type(unwrap(model)).__name__} is not reduced: call winnow.reduce(model, method) first")
+    return found
+
+
+def seat_of(model: nn.Module) -> Seat:
+    """The seat of the model's reducer."""
+    seat = reducer_of(model).seat
+    assert isinstance(seat, Seat)
+    return seat
+
+
+def _replace(seat: Seat, module: nn.Module, name: str, function, slot: Slot) -> None:
+    # bound methods, not closures: after deepcopy they belong to the copy
+    module.__dict__[name] = types.MethodType(function, slot)
+    seat.patched.append((module, name))
+
+
+def _check_free(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"reduce() needs a torch.nn.Module, got {type(model).__name__}")
+    if unwrap(model) is not model or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"reduce the model before it is wrapped: {type(model).__name__} is a wrapper around it")
+    found = getattr(model, "reducer", None)
+    if isinstance(found, Reducer):
+        raise ValueError(f"the model is already reduced with {found.method}: call winnow.restore(model) first")
+    if hasattr(model, "reducer"):
+        raise ValueError(f"{type(model).__name__} has an attribute `reducer` of its own: rename it")
+
+
+def _check_fit(model: nn.Module, host: Host, method: Method) -> None:
+    facts, name = method.facts, type(model).__name__
+    if facts.where not in host.accepts:
+        raise ValueError(f'{method} acts at "{facts.where}", which {host.family} ({name}) does not offer; '
+                         f"it offers {', '.join(sorted(host.accepts))}")
+    for need, (what, lacks, instead) in EXPLAIN.items():
+        if need in facts.needs and not host.setting.cls:
+            raise ValueError(f"{method} needs {what}; {name} {lacks}. Use {instead}.")
+    method.check(host.setting)

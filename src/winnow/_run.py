@@ -1,0 +1,269 @@
+"""What happens during a forward: the run's state by layer, and the one block forward of the library.
+
+Winnow's own; the design's decisions 2 to 10 live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend, log_sizes, received, rows
+from .reducer import Facts, Reducer, Setting, Signals
+from .tokens import Ledger, Tokens
+from .ways import Padded, Way, compact, gather_signal, pad, resolve, spread
+
+
+class BlockView(Protocol):
+    """How one kind of block is taken apart; borrows the block's own sub-modules, copies no forward."""
+
+    def qkv(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """q, k, v [B, H, N, D] and whatever `out` needs besides."""
+
+    def options(self, block: Any) -> dict[str, Any]:
+        """Keyword arguments of `attend`: dropout, scale, path."""
+
+    def out(self, block: Any, o: Tensor, extra: Any) -> Tensor:
+        """What attention adds to the stream, from its output [B, H, N, D]."""
+
+    def mlp(self, block: Any, x: Tensor) -> Tensor | None:
+        """What the MLP adds to the stream; None where attention and MLP run in parallel and `out` added both."""
+
+    def macs(self, block: Any, n_attn: int, n_mlp: int) -> float:
+        """MACs of the block: attention on n_attn tokens, MLP on n_mlp (prefix included)."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One method of the host that is replaced while reduced: `function(slot, *args)` instead of `module.name(*args)`."""
+
+    module: nn.Module
+    name: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model as an adapter sees it."""
+
+    family: str
+    setting: Setting
+    blocks: tuple[nn.Module, ...]
+    views: tuple[BlockView, ...]
+    patches: tuple[Patch, ...]
+    """What else to replace: the entry (calls `Seat.begin`) and heads that read all tokens."""
+    accepts: frozenset[str] = frozenset({"block", "between"})
+    """Values of `Facts.where` this family can serve."""
+    outside_macs: Callable[[int, int], float | None] = lambda patches, n: None
+    """MACs of stem and head for P patches and n tokens (prefix included) at the end; None where unknown."""
+
+
+class Run:
+    """State of one forward, by layer; copying or pickling a model leaves it behind."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, Tokens] = {}
+        """After each block, without features; -1 = entering block 0."""
+        self.scores: dict[int, Tensor] = {}
+        self.live: dict[int, int] = {}
+        """Real tokens after each block, where a static method runs masked or padded."""
+        self.grid: tuple[int, int] | None = None
+        self.small: tuple[int, int] | None = None
+        self.key: Tensor | None = None
+        self.way: Way = "static"
+
+    @property
+    def ledgers(self) -> dict[int, Ledger]:
+        """Ledger after each block; -1 = entering block 0."""
+        return {layer: tokens.ledger for layer, tokens in sorted(self.tokens.items())}
+
+    @property
+    def ledger(self) -> Ledger:
+        """Ledger at the end; ValueError before any forward."""
+        if not self.tokens:
+            raise ValueError("no forward was watched yet: call the model inside `with winnow.watch(model) as run`")
+        return self.tokens[max(self.tokens)].ledger
+
+    @property
+    def counts(self) -> list[int]:
+        """depth+1 patch tokens executed: entering block 0, then after each block."""
+        return [ledger.n for ledger in self.ledgers.values()]
+
+    @property
+    def valid_counts(self) -> Tensor:
+        """[B, depth+1] real patch tokens, padding apart."""
+        return torch.stack([ledger.counts() for ledger in self.ledgers.values()], 1)
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        return Run()
+
+    def __reduce__(self):
+        return Run, ()
+
+
+class Watch:
+    """The last forward inside a `with winnow.watch(...)`: counts, valid_counts, ledger, ledgers, scores."""
+
+    def __init__(self) -> None:
+        self._run = Run()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_run"], name)
+
+
+class Seat:
+    """Where a reducer sits in a model: the host, the way, what was replaced, and the run of the last forward."""
+
+    def __init__(self, host: Host, reducer: Reducer, way: Way) -> None:
+        self.setting, self.reducer, self.way = host.setting, reducer, way
+        self.facts: Facts = reducer.method.facts
+        self.sites = frozenset(reducer.method.sites(host.setting.depth))
+        self.run, self.watches = Run(), []  # type: tuple[Run, list[Watch]]
+        self.patched: list[tuple[nn.Module, str]] = []
+        self.host = host
+
+    def begin(self, x: Tensor, grid: tuple[int, int] | None) -> None:
+        """A forward starts with input x [B, ...] whose patches form `grid`."""
+        self.run = run = Run()
+        run.grid = grid
+        run.way = resolve(self.way, self.facts, self.reducer.training)
+        if "noise" in self.facts.needs:
+            run.key = content_key(x)
+        for watch in self.watches:
+            watch._run = run
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tokens]:
+        """The stream [B, K+N, C] as it reaches block 0, and its tokens after what acts before block 0."""
+        run, n = self.run, x.shape[1] - self.setting.prefix
+        grid = run.grid
+        if self.facts.where == "input" and grid is not None and run.small is not None:
+            ledger = self.reducer.ledger(x.shape[0], grid, run.small, x.device)
+        else:
+            ledger = Ledger.start(x.shape[0], n, x.device)
+        grid = grid if grid and grid[0] * grid[1] == ledger.owner.shape[1] else None
+        tokens = Tokens(x[:, :0], ledger, grid)
+        run.live[-1] = n
+        if self.facts.where == "between" and 0 in self.sites:
+            return self.act(x, tokens, layer=0, after=-1)
+        return x, self._store(tokens, -1)
+
+    def act(self, x: Tensor, tokens: Tokens, layer: int, after: int, qkv=None, options=None) -> tuple[Tensor, Tokens]:
+        """Reduce the stream x [B, K+N, C] at site `layer`; the outcome is the state after block `after`."""
+        prefix, run = self.setting.prefix, self.run
+        live = run.live[after if layer == 0 and after == -1 else after - 1]
+        tokens = replace(tokens, x=x[:, prefix:])
+        valid = tokens.ledger.valid
+        static_elsewhere = self.facts.static and run.way != "static"
+        if static_elsewhere:
+            tokens = compact(tokens, live)
+            tokens = replace(tokens, ledger=replace(tokens.ledger, valid=None))
+        signals = self._signals(tokens, layer, qkv, options, valid if static_elsewhere else None)
+        out = self.reducer(tokens, signals, layer)
+        if out.score is not None and self.watches:
+            run.scores[layer] = out.score.detach()
+        run.live[after] = out.n
+        out = self._lay_out(out)
+        if out is not tokens:
+            x = torch.cat([x[:, :prefix], out.x], 1) if prefix else out.x
+        return x, self._store(out, after)
+
+    def _lay_out(self, out: Tokens) -> Tokens:
+        way = self.run.way
+        if self.facts.static:
+            if way == "masked":
+                return spread(out)
+            return pad(out, way.multiple) if isinstance(way, Padded) else out
+        if isinstance(way, Padded) and out.ledger.valid is not None:
+            most = int(out.ledger.valid.sum(1).max())
+            return compact(out, min(out.n, -(-most // way.multiple) * way.multiple))
+        return out
+
+    def _signals(self, tokens: Tokens, layer: int, qkv, options, valid: Tensor | None) -> Signals:
+        needs, prefix = self.facts.needs, self.setting.prefix
+        found: dict[str, Any] = {"watched": bool(self.watches)}
+        if "noise" in needs:
+            found["noise"] = self._noise(layer, tokens.n)
+        if qkv is not None and needs - {"noise"}:
+            q, k, v, bias = qkv
+            scale = options.get("scale")
+            pick = lambda t, dim: gather_signal(t, valid, tokens.n, dim)  # noqa: E731
+            if "keys" in needs:
+                found["k"] = pick(k[:, :, prefix:], 2)
+            if "values" in needs:
+                found["v"] = pick(v[:, :, prefix:], 2)
+            if "cls_attention" in needs:
+                found["cls_row"] = pick(rows(q[:, :, :1], k, bias, scale)[:, :, 0, prefix:], 2)
+            if "received" in needs:
+                found["received"] = pick(received(q, k, bias, scale)[:, prefix:], 1)
+        return Signals(**found)
+
+    def _noise(self, layer: int, n: int) -> Tensor:
+        key, reducer = self.run.key, self.reducer
+        assert key is not None, "begin() makes the key"
+        salt = reducer.seed * 1_000_003 + (reducer.step * 7_919 + 1 if reducer.training else 0)
+        return uniform(key, layer + 64 * salt, n)
+
+    def _store(self, tokens: Tokens, after: int) -> Tokens:
+        kept = replace(tokens, x=tokens.x[:0, :0], score=None)
+        self.run.tokens[after] = kept
+        return kept
+
+
+class Slot:
+    """What a replaced method is bound to: the seat, the host's module and the place of a block."""
+
+    def __init__(self, seat: Seat, module: nn.Module, index: int = -1, view: BlockView | None = None) -> None:
+        self.seat, self.module, self.index, self.view = seat, module, index, view
+
+
+def block_forward(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Tensor:
+    """The one block forward: ledger of layer-1, qkv, attention with sizes and padding, reducer, MLP, ledger of layer."""
+    unknown = [repr(arg) for arg in args if arg is not None] + [k for k, v in words.items() if v is not None and v is not False]
+    if unknown:
+        raise ValueError(f"a reduced block takes only its tokens; it was also given {', '.join(unknown)[:80]}")
+    seat, layer, block, view = slot.seat, slot.index, slot.module, slot.view
+    assert view is not None
+    x, tokens = seat.enter(x) if layer == 0 else (x, seat.run.tokens[layer - 1])
+
+    q, k, v, extra = view.qkv(block, x)
+    bias = log_sizes(tokens.ledger, seat.setting.prefix, seat.facts.sizes)
+    options = view.options(block)
+    x = x + view.out(block, attend(q, k, v, bias, **options), extra)
+
+    where = seat.facts.where
+    if where == "block" and layer in seat.sites:
+        x, tokens = seat.act(x, tokens, layer, layer, (q, k, v, bias), options)
+    added = view.mlp(block, x)
+    x = x if added is None else x + added
+    if where == "between" and layer + 1 in seat.sites:
+        x, tokens = seat.act(x, tokens, layer + 1, layer)
+    elif not (where == "block" and layer in seat.sites):
+        seat.run.live[layer] = seat.run.live[layer - 1]
+        seat.run.tokens[layer] = tokens
+    return x
+
+
+def content_key(x: Tensor) -> Tensor:
+    """[B] int64 hash of each sample's own numbers (at most 4,096 of them, evenly spread)."""
+    flat = x.detach().flatten(1)
+    flat = flat[:, :: max(1, flat.shape[1] // 4096)].float().contiguous()
+    bits = flat.view(torch.int32).long()
+    odd = torch.arange(bits.shape[1], device=x.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F
+    return (bits * (odd | 1)).sum(1)
+
+
+def uniform(key: Tensor, salt: int, n: int) -> Tensor:
+    """[B, n] numbers in [0, 1) from int64 keys [B] by splitmix64 (Steele et al., 2014), the same on every device."""
+
+    def xorshift(z: Tensor, by: int) -> Tensor:
+        return z ^ ((z >> by) & ((1 << (64 - by)) - 1))
+
+    step = torch.arange(1, n + 1, device=key.device) + (salt % (1 << 40)) * 4096
+    z = key.unsqueeze(1) + step * -0x61C8864680B583EB
+    z = xorshift(z, 30) * -0x40A7B892E31B1A47
+    z = xorshift(z, 27) * -0x6B2FB644ECCEEE15
+    return ((xorshift(z, 31) >> 40) & 0xFFFFFF).float() / (1 << 24)

@@ -1,0 +1,167 @@
+"""timm's VisionTransformer: ViT, DeiT (also distilled), DeiT-3, DINOv2, SigLIP, CLIP towers, registers, any pooling.
+
+Ross Wightman, pytorch-image-models 1.0; its sub-modules are borrowed, none of its forwards is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
+from torch import Tensor, nn
+
+from .._run import Host, Patch, Slot
+from ..attention import log_sizes
+from ..reducer import Setting
+from ..tokens import Ledger
+from . import timm_blocks
+
+OWN = ("forward", "forward_features", "pool", "forward_intermediates")
+
+
+def fits(model: nn.Module) -> bool:
+    """A VisionTransformer whose forwards are timm's own."""
+    return isinstance(model, VisionTransformer)
+
+
+def host(model: Any) -> Host:
+    """The model's parts; TypeError / ValueError where a part is not what this adapter knows."""
+    changed = [name for name in OWN if getattr(type(model), name) is not getattr(VisionTransformer, name)]
+    heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
+    if changed or type(model).forward_head not in heads:
+        raise TypeError(f"{type(model).__name__} changes {(changed or ['forward_head'])[0]} of timm's VisionTransformer")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError("the model drops patches itself (patch_drop_rate > 0): create it without")
+    pool = model.attn_pool
+    if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
+        raise TypeError(f"{type(pool).__name__} as the head mixes all tokens by place: use global_pool='avg' or 'token'")
+    embed = model.patch_embed
+    plain = type(embed).forward is PatchEmbed.forward
+    return Host(
+        family="timm VisionTransformer",
+        setting=Setting(
+            depth=len(model.blocks), width=model.embed_dim, heads=timm_blocks.heads(model.blocks[0]),
+            prefix=model.num_prefix_tokens, cls=model.has_class_token, grid=embed.grid_size, patch=_patch_size(embed),
+        ),
+        blocks=tuple(model.blocks),
+        views=tuple(timm_blocks.view(block) for block in model.blocks),
+        patches=(
+            Patch(embed, "forward", _enter),
+            Patch(model, "pool", _pool),
+            Patch(model, "_pos_embed", _pos_embed),
+            Patch(model, "forward_intermediates", _intermediates),
+        ),
+        accepts=frozenset({"block", "between", "input"} if plain else {"block", "between"}),
+        outside_macs=lambda patches, n: _outside_macs(model, patches, n) if plain else None,
+    )
+
+
+def _patch_size(embed: Any) -> tuple[int, int] | None:
+    """Pixels per token; of a hybrid embedding, its convolutions included."""
+    if embed.grid_size is None or embed.img_size is None:
+        return None
+    return embed.img_size[0] // embed.grid_size[0], embed.img_size[1] // embed.grid_size[1]
+
+
+class _Flexible:
+    """A module seen with other settings, so that its own method can be borrowed for an input of another size."""
+
+    def __init__(self, module: nn.Module, **settings: Any) -> None:
+        self.__dict__.update(settings, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def _enter(slot: Slot, x: Tensor) -> Tensor:
+    seat, embed = slot.seat, slot.module
+    seat.begin(x, tuple(embed.dynamic_feat_size(x.shape[-2:])))  # type: ignore[operator]
+    if seat.facts.where == "input":
+        patch = seat.setting.patch
+        x = seat.reducer.resize(x, patch)
+        seat.run.small = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
+        embed = _Flexible(embed, strict_img_size=False, flatten=False, output_fmt="NHWC")
+        return PatchEmbed.forward(embed, x)
+    return type(embed).forward(embed, x)
+
+
+def _pos_embed(slot: Slot, x: Tensor) -> Tensor:
+    model: Any = slot.module
+    if slot.seat.facts.where == "input":
+        return type(model)._pos_embed(_Flexible(model, dynamic_img_size=True), x)
+    return type(model)._pos_embed(model, x)
+
+
+def _final(slot: Slot, x: Tensor) -> Ledger:
+    ledger = slot.seat.run.ledger
+    if x.shape[1] - slot.seat.setting.prefix != ledger.n:
+        raise ValueError(f"the head was given {x.shape[1]} tokens, the last forward left {ledger.n}: pool its own features")
+    return ledger
+
+
+def _pool(slot: Slot, x: Tensor, pool_type: str | None = None) -> Tensor:
+    """timm's pooling with padding left out and, for mean-merging methods, means weighted by size."""
+    model: Any = slot.module
+    ledger, facts, prefix = _final(slot, x), slot.seat.facts, slot.seat.setting.prefix
+    kind = "map" if model.attn_pool is not None else model.global_pool if pool_type is None else pool_type
+    bias = log_sizes(ledger, prefix, facts.sizes if kind == "map" else facts.combine == "mean")
+    if bias is None or kind in ("token", ""):
+        return type(model).pool(model, x, pool_type)
+    if not model.pool_include_prefix:
+        x, bias = x[:, prefix:], bias[:, prefix:]
+    if kind == "map":
+        return model.attn_pool(x, attn_mask=bias.to(x.dtype)[:, None, None])
+    hidden = x.masked_fill(bias.isinf().unsqueeze(-1), float("-inf"))
+    mean = (bias.softmax(1).unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+    if kind == "avg":
+        return mean
+    most = global_pool_nlc(hidden, "max", 0)
+    return most if kind == "max" else 0.5 * (most + mean)
+
+
+def _intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **words: Any) -> Any:
+    """timm's forward_intermediates, every map spread back on the patch grid (0 where a patch was dropped)."""
+    import inspect
+
+    from timm.models._features import feature_take_indices
+
+    model: Any = slot.module
+    full = inspect.signature(VisionTransformer.forward_intermediates).bind(model, x, indices, *args, **words)
+    full.apply_defaults()
+    wanted = full.arguments["output_fmt"]
+    full.arguments["output_fmt"] = "NLC"
+    out = VisionTransformer.forward_intermediates(*full.args, **full.kwargs)
+    layers, _ = feature_take_indices(len(model.blocks), indices)
+    run = slot.seat.run
+
+    def dense(tokens: Tensor, layer: int) -> Tensor:
+        ledger = run.tokens[layer].ledger
+        spread = ledger.dense(tokens)
+        if wanted == "NCHW":
+            assert run.grid is not None
+            spread = spread.transpose(1, 2).unflatten(2, run.grid).contiguous()
+        return spread
+
+    def each(found: list) -> list:
+        pairs = zip(found, sorted(layers))
+        return [(dense(f[0], i), f[1]) if isinstance(f, tuple) else dense(f, i) for f, i in pairs]
+
+    if isinstance(out, dict):
+        return {**out, "image_intermediates": each(out["image_intermediates"])}
+    return each(out) if isinstance(out, list) else (out[0], each(out[1]))
+
+
+def _outside_macs(model: Any, patches: int, n: int) -> float:
+    """Patch embedding, attention pooling and classifier of one image."""
+    macs = float(model.patch_embed.proj.weight.numel() * patches)
+    pool = model.attn_pool
+    if pool is not None:
+        keys = n if model.pool_include_prefix else n - model.num_prefix_tokens
+        macs += pool.kv.weight.numel() * keys + 2 * keys * pool.latent_len * pool.kv.in_features
+        macs += pool.latent_len * sum(timm_blocks.linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part)
+    heads = [model.head, getattr(model, "head_dist", None)]
+    return macs + sum(timm_blocks.linear_macs(head) for head in heads if head is not None)
+
+

@@ -1,0 +1,21 @@
+"""The only list of methods in the project: the command, the README, the contract and the benchmarks read it.
+
+One file is one method; to add one, see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from ..reducer import Method
+from .downsample import Downsample
+from .evit import EViT
+from .grid import Grid
+from .norm_threshold import NormThreshold
+from .pool import Pool
+from .random import Random
+from .tome import ToMe
+from .topk import TopK
+
+METHODS: tuple[type[Method], ...] = (ToMe, EViT, TopK, NormThreshold, Random, Grid, Pool, Downsample)
+BASELINES = frozenset({Random, Grid, Pool, Downsample})
+
+__all__ = [*(method.__name__ for method in METHODS)]
