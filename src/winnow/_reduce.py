@@ -5,9 +5,9 @@ Winnow's own; what is done to the model is said in the README.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -97,8 +97,8 @@ def seat_of(model: nn.Module) -> Seat:
 
 
 def _replace(seat: Seat, module: nn.Module, name: str, function, slot: Slot) -> None:
-    # bound methods, not closures: after deepcopy they belong to the copy
-    module.__dict__[name] = types.MethodType(function, slot)
+    # a partial, not a closure or a bound method: after deepcopy it belongs to the copy, and it pickles
+    module.__dict__[name] = partial(function, slot)
     seat.patched.append((module, name))
 
 

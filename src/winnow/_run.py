@@ -58,7 +58,7 @@ class Host:
     """What else to replace: the entry (calls `Seat.begin`) and heads that read all tokens."""
     accepts: frozenset[str] = frozenset({"block", "between"})
     """Values of `Facts.where` this family can serve."""
-    outside_macs: Callable[[int, int], float | None] = lambda patches, n: None
+    outside_macs: Callable[[int, int], float] | None = None
     """MACs of stem and head for P patches and n tokens (prefix included) at the end; None where unknown."""
 
 

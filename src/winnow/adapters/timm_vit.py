@@ -5,6 +5,7 @@ Ross Wightman, pytorch-image-models 1.0; its sub-modules are borrowed, none of i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from timm.layers import AttentionPoolLatent, PatchEmbed
@@ -54,7 +55,7 @@ def host(model: Any) -> Host:
             Patch(model, "forward_intermediates", _intermediates),
         ),
         accepts=frozenset({"block", "between", "input"} if plain else {"block", "between"}),
-        outside_macs=lambda patches, n: _outside_macs(model, patches, n) if plain else None,
+        outside_macs=partial(_outside_macs, model) if plain else None,
     )
 
 

@@ -6,7 +6,6 @@ Adaptive average pooling, with rows of cells of unequal length so that any m is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from ._sites import AtPlaces
 Cells = tuple[tuple[int, ...], tuple[int, int] | None]
 
 
-@cache
 def cells(n: int, m: int, grid: tuple[int, int] | None) -> Cells:
     """Cell of each of n tokens, 0 to m-1, and the grid the cells form; over the grid if there is one, else over runs."""
     h, w = grid or (1, n)

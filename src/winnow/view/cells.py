@@ -1,0 +1,279 @@
+"""The one place that turns result rows into groups, columns and cells, for the terminal, Markdown and HTML alike.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from winnow.measure.record import Accuracy, Latency, Paired, Row
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one column says about one row."""
+
+    text: str = NONE
+    note: str = ""
+    """Interval or counts, shown smaller."""
+    mark: str = ""
+    """`good`, `bad`, `quiet` (not distinguishable from no effect) or nothing."""
+    key: float | None = None
+    """What to sort by."""
+
+    @property
+    def flat(self) -> str:
+        """Text and note on one line."""
+        return f"{self.text} ({self.note})" if self.note else self.text
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that may be compared: same task, model, weights, data, dtype and device."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def plain(self) -> Row | None:
+        """The newest row of the plain model, if there is one."""
+        return next((row for row in reversed(self.rows) if row.role == "plain"), None)
+
+    def find(self, spelling: str) -> Row | None:
+        """The newest row of a method's spelling."""
+        return next((row for row in reversed(self.rows) if row.method == spelling), None)
+
+    def saving(self, row: Row) -> float | None:
+        """The row's MACs as a share of the plain model's."""
+        if row.macs is None or self.plain is None or self.plain.macs is None or not self.plain.macs.counted:
+            return None
+        return row.macs.counted / self.plain.macs.counted
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, what it means, and how a row fills it."""
+
+    head: str
+    meaning: str
+    cell: Callable[[Row, Group], Cell]
+    number: bool = True
+    brief: bool = True
+    """Belongs in the terminal and in short tables."""
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Rows that may be compared, each group in order: plain, methods, baselines; a family together, dearest first."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        data = row.data and (row.data.name, row.data.split, row.data.n, row.data.hash)
+        key = (row.task, row.model, row.weights, data, row.dtype, row.device)
+        found.setdefault(key, []).append(row)
+    return [Group(tuple(_ordered(group))) for group in found.values()]
+
+
+def _ordered(rows: list[Row]) -> list[Row]:
+    names = list(dict.fromkeys(family(row) for row in rows))
+    roles = ("plain", "method", "baseline")
+    return sorted(rows, key=lambda row: (roles.index(row.role), names.index(family(row)), -(gmac(row) or 0)))
+
+
+def family(row: Row) -> str:
+    """The class name in a row's spelling; `plain` for the plain model."""
+    return row.method.split("(", 1)[0] if row.method else "plain"
+
+
+def name(row: Row) -> str:
+    """The row's spelling, with the way it ran unless that is `static`."""
+    return (row.method or "plain") + ("" if row.way == "static" else f" · {row.way}")
+
+
+def gmac(row: Row) -> float | None:
+    """Counted GMAC per image."""
+    return None if row.macs is None else row.macs.counted / 1e9
+
+
+def top1(row: Row) -> Accuracy | None:
+    """The row's top-1 where it means something: not with random weights, nor where only agreement was measured."""
+    right = row.accuracy
+    if right is None or right.value is None or math.isnan(right.value):
+        return None
+    return None if row.weights is None and right.agreement is not None else right
+
+
+def speed(latency: Latency) -> str:
+    """`faster`, `slower`, or `same` where the interval covers 1.0."""
+    return "faster" if latency.low > 1 else "slower" if latency.high < 1 else "same"
+
+
+def verdict(paired: Paired | None) -> str:
+    """`wins`, `loses` or `even` at p < 0.05; empty without a test."""
+    if paired is None:
+        return ""
+    if paired.p >= 0.05 or paired.wins == paired.losses:
+        return "even"
+    return "wins" if paired.wins > paired.losses else "loses"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.8812 -> `88.1`."""
+    return f"{100 * share:.{digits}f}"
+
+
+def chance(p: float) -> str:
+    """A p value with two digits that matter."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.095 else f"{p:.2f}"
+
+
+def columns(found: Sequence[Group], brief: bool = False) -> list[Column]:
+    """The columns these groups can fill; an empty one is left out."""
+    sizes = sorted({one.batch for group in found for row in group.rows for one in row.latency})
+    able = [*_COST, *_RIGHT]
+    for size in sizes:
+        able += _timing(size, bare=len(sizes) == 1)
+    able.append(Column("peak MiB", "Peak memory of the forward pass.", _memory, brief=False))
+    return [
+        column
+        for column in able
+        if (column.brief or not brief)
+        and (not column.number or any(column.cell(row, group).text != NONE for group in found for row in group.rows))
+    ]
+
+
+def _method(row: Row, group: Group) -> Cell:
+    return Cell(name(row), mark=row.role)
+
+
+def _tokens(row: Row, group: Group) -> Cell:
+    if not row.counts:
+        return Cell()
+    return Cell(f"{row.counts[-1]:.1f}".removesuffix(".0"), key=row.counts[-1])
+
+
+def _gmac(row: Row, group: Group) -> Cell:
+    cost = gmac(row)
+    if cost is None:
+        return Cell()
+    return Cell(f"{cost:.3f}" if cost < 10 else f"{cost:.2f}", key=cost)
+
+
+def _share(row: Row, group: Group) -> Cell:
+    share = group.saving(row)
+    return Cell() if share is None else Cell(f"{share:.2f}×", key=share)
+
+
+def _top1(row: Row, group: Group) -> Cell:
+    right = top1(row)
+    if right is None:
+        return Cell()
+    return Cell(percent(right.value), f"{percent(right.low)}–{percent(right.high)}", key=right.value)
+
+
+def _agreement(row: Row, group: Group) -> Cell:
+    wanted = any(one.accuracy is not None and top1(one) is None for one in group.rows)
+    if not wanted or row.accuracy is None or row.accuracy.agreement is None:
+        return Cell()
+    return Cell(percent(row.accuracy.agreement), key=row.accuracy.agreement)
+
+
+def _paired(paired: Paired) -> Cell:
+    mark = {"wins": "good", "loses": "bad"}.get(verdict(paired), "quiet")
+    return Cell(chance(paired.p), f"+{paired.wins} −{paired.losses}", mark, paired.p)
+
+
+def _vs_plain(row: Row, group: Group) -> Cell:
+    right = top1(row)
+    return Cell() if right is None or right.vs_plain is None else _paired(right.vs_plain)
+
+
+def _baseline(row: Row, group: Group) -> Cell:
+    right = top1(row)
+    if right is None or right.vs_baseline is None:
+        return Cell()
+    other = group.find(right.vs_baseline.against)
+    theirs = top1(other) if other is not None else None
+    return Cell(right.vs_baseline.against, percent(theirs.value) if theirs else "")
+
+
+def _vs_baseline(row: Row, group: Group) -> Cell:
+    right = top1(row)
+    return Cell() if right is None or right.vs_baseline is None else _paired(right.vs_baseline)
+
+
+def at(row: Row, batch: int) -> Latency | None:
+    """The row's newest latency at a batch size."""
+    return next((one for one in reversed(row.latency) if one.batch == batch), None)
+
+
+def _times(batch: int, row: Row, group: Group) -> Cell:
+    one = at(row, batch)
+    if one is None:
+        return Cell()
+    mark = {"faster": "good", "slower": "bad", "same": "quiet"}[speed(one)]
+    return Cell(f"{one.ratio:.2f}×", f"{one.low:.2f}–{one.high:.2f}", mark, one.ratio)
+
+
+def _null(batch: int, row: Row, group: Group) -> Cell:
+    one = at(row, batch)
+    return Cell() if one is None else Cell(f"{one.null:.2f}×", f"{one.null_low:.2f}–{one.null_high:.2f}", key=one.null)
+
+
+def _own(batch: int, row: Row, group: Group) -> Cell:
+    one = at(row, batch)
+    if one is None or one.reducer_share is None:
+        return Cell()
+    return Cell(f"{percent(one.reducer_share)} %", key=one.reducer_share)
+
+
+def _memory(row: Row, group: Group) -> Cell:
+    return Cell() if row.memory_mib is None else Cell(f"{row.memory_mib:.0f}", key=row.memory_mib)
+
+
+def _timing(batch: int, bare: bool) -> list[Column]:
+    tag = f"batch {batch}"
+    return [
+        Column(
+            f"speed, {tag}",
+            "Measured time of the plain model divided by the method's, interleaved, same kernels, with its 95 % "
+            "interval; grey where the interval covers 1.0: no measurable speed-up.",
+            partial(_times, batch),
+        ),
+        Column(
+            "A/A null" if bare else f"A/A null, {tag}",
+            "The plain model timed against itself in the same way: how far from 1.0 noise alone goes.",
+            partial(_null, batch),
+            brief=False,
+        ),
+        Column(
+            "reducer" if bare else f"reducer, {tag}",
+            "Share of the reduced model's time spent in the reducer itself.",
+            partial(_own, batch),
+            brief=False,
+        ),
+    ]
+
+
+_COST = [
+    Column("method", "The spelling that runs it again; nothing but defaults left out.", _method, number=False),
+    Column("tokens", "Patch tokens after the last block, mean over the images.", _tokens),
+    Column("GMAC", "10⁹ multiply-adds per image, counted on executed tokens (1 GMAC = 2 GFLOP).", _gmac),
+    Column("of plain", "GMAC as a share of the plain model's.", _share),
+]
+_RIGHT = [
+    Column("top-1 %", "Share of images whose first guess is right, with its 95 % interval.", _top1),
+    Column("agreement with plain %", "Share of images whose first guess equals the plain model's.", _agreement),
+    Column(
+        "p vs plain", "Paired exact McNemar test on the same images; +won −lost against the plain model.", _vs_plain
+    ),
+    Column(
+        "best equal-cost baseline",
+        "The most accurate of Random, Grid, Pool and Downsample with at most 1.02 × the method's MACs, and its top-1.",
+        _baseline,
+    ),
+    Column("p vs baseline", "The same paired test against that baseline.", _vs_baseline),
+]

@@ -1,0 +1,193 @@
+"""Curves of accuracy against GMACs or measured speed, with 95 % intervals, a line per method family.
+
+Winnow's own; colours are Okabe and Ito's (2008), told apart without red-green vision.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from winnow.measure.record import Row
+from winnow.view import files
+from winnow.view.cells import at, family, gmac, groups, name, percent, top1
+
+INK, MUTED, PAPER = "#1c1f23", "#767c83", "#fdfdfc"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf", "#8c564b")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+DASHES: tuple[Any, ...] = ((4, 2), (1, 1.5), (6, 2, 1, 2), (2, 2))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row on a chart: where, and its 95 % intervals (None = none measured)."""
+
+    row: Row
+    x: float
+    y: float
+    across: tuple[float, float] | None
+    up: tuple[float, float] | None
+
+
+def points(rows: Sequence[Row], against: str = "macs", batch: int | None = None) -> list[Point]:
+    """The rows that have both numbers: top-1 (agreement where top-1 means nothing) and GMAC or speed at `batch`."""
+    if against not in ("macs", "time"):
+        raise ValueError(f"against is 'macs' or 'time', not {against!r}")
+    scored = any(top1(row) for row in rows)
+    found = []
+    for row in rows:
+        x, across = _across(row, against, batch)
+        right = top1(row)
+        if scored and right is not None:
+            y, up = right.value, (100 * right.low, 100 * right.high)
+        elif not scored and row.accuracy is not None and row.accuracy.agreement is not None:
+            y, up = row.accuracy.agreement, None
+        else:
+            continue
+        if x is not None:
+            found.append(Point(row, x, 100 * y, across, up))
+    return found
+
+
+def _across(row: Row, against: str, batch: int | None) -> tuple[float | None, tuple[float, float] | None]:
+    if against == "macs":
+        return gmac(row), None
+    if row.role == "plain":
+        return 1.0, None
+    one = at(row, batch) if batch is not None else None
+    return (None, None) if one is None else (one.ratio, (one.low, one.high))
+
+
+def curve(rows: Sequence[Row], against: str = "macs", batch: int | None = None, narrow: bool = False) -> Any:
+    """A matplotlib Figure of the chart, or None where fewer than two rows can be drawn; `narrow` = for a phone."""
+    from matplotlib.figure import Figure
+
+    if batch is None:
+        batch = max((one.batch for row in rows for one in row.latency), default=None)
+    found = points(rows, against, batch)
+    if len([point for point in found if point.row.role != "plain"]) < 1 or len(found) < 2:
+        return None
+    sheet = Figure(figsize=(4.3, 4.9) if narrow else (9, 4.5), layout="constrained", facecolor="none")
+    axes = sheet.add_subplot(facecolor="none")
+    _lines(axes, found)
+    _plain(axes, found, against)
+    _axes(axes, against, batch, "top-1 accuracy, %" if any(point.up for point in found) else "agreement with plain, %")
+    place = {"loc": "outside lower center", "ncols": 3} if narrow else {"loc": "outside right center"}
+    sheet.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6, columnspacing=1.1, **place)
+    return sheet
+
+
+def _lines(axes: Any, found: list[Point]) -> None:
+    counts = {"method": 0, "baseline": 0}
+    families = dict.fromkeys((point.row.role, family(point.row)) for point in found if point.row.role != "plain")
+    for role, kind in sorted(families, key=lambda key: key[0] == "baseline"):
+        mine = sorted((p for p in found if (p.row.role, family(p.row)) == (role, kind)), key=lambda p: p.x)
+        i, counts[role] = counts[role], counts[role] + 1
+        colour = MUTED if role == "baseline" else COLOURS[i % len(COLOURS)]
+        dash = {"dashes": DASHES[i % len(DASHES)]} if role == "baseline" else {}
+        size = 4.5 if role == "baseline" else 6
+        for p in mine:
+            thin = {"color": colour, "linewidth": 0.9, "alpha": 0.45, "zorder": 2, "solid_capstyle": "butt"}
+            if p.up:
+                axes.plot([p.x, p.x], p.up, **thin)
+            if p.across:
+                axes.plot(p.across, [p.y, p.y], **thin)
+        style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": size, "markeredgecolor": PAPER}
+        xs, ys = [p.x for p in mine], [p.y for p in mine]
+        axes.plot(
+            xs,
+            ys,
+            linewidth=1.3 if dash else 1.9,
+            label=kind,
+            markeredgewidth=0.8,
+            zorder=3 if dash else 4,
+            **style,
+            **dash,
+        )
+        for p in mine:
+            axes.plot([p.x], [p.y], "o", markersize=11, alpha=0, zorder=6, gid=f"tip:{_tip(p)}")
+
+
+def _plain(axes: Any, found: list[Point], against: str) -> None:
+    plain = next((point for point in reversed(found) if point.row.role == "plain"), None)
+    if plain is None:
+        return
+    axes.axhline(plain.y, color=MUTED, linewidth=0.8, alpha=0.6, zorder=1)
+    if plain.up:
+        axes.axhspan(plain.y - 1, plain.y, color=MUTED, alpha=0.10, linewidth=0, zorder=0)
+        axes.plot([plain.x] * 2, plain.up, color=INK, linewidth=1.1, zorder=5)
+    axes.plot(
+        [plain.x], [plain.y], "o", color=INK, markersize=8, markeredgecolor=PAPER, zorder=7, gid=f"tip:{_tip(plain)}"
+    )
+    side = -7 if against == "macs" else 7
+    axes.annotate(
+        f"plain {plain.y:.1f}",
+        (plain.x, plain.y),
+        (side, 6),
+        textcoords="offset points",
+        ha="right" if side < 0 else "left",
+        color=INK,
+        fontsize=9.5,
+        weight="bold",
+        zorder=8,
+    )
+
+
+def _axes(axes: Any, against: str, batch: int | None, label: str) -> None:
+    axes.set_ylabel(label, color=INK, fontsize=9.5)
+    words = "GMAC per image (further left is cheaper)"
+    if against == "time":
+        words = f"measured speed against plain, batch {batch} (further right is faster)"
+        axes.axvline(1, color=MUTED, linewidth=0.8, alpha=0.6, zorder=1)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.set_xlabel(words, color=INK, fontsize=9.5)
+    axes.grid(axis="y", color=MUTED, alpha=0.22, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.06, y=0.07)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=9, color=MUTED)
+
+
+def save(rows: Sequence[Row], path: str | Path, against: str = "macs", batch: int | None = None) -> Path:
+    """Save the chart of the first comparable group as PNG or SVG by suffix, about 900 px wide; ValueError if empty."""
+    form = files.kind(path)
+    found = groups(rows)
+    sheet = curve(found[0].rows, against, batch) if found else None
+    if sheet is None:
+        raise ValueError(f"{path}: a curve needs two rows that have both accuracy and {against}")
+    sheet.set_facecolor("white")
+    return files.write(path, files.encode(sheet, form))
+
+
+def svg(
+    rows: Sequence[Row], against: str = "macs", batch: int | None = None, narrow: bool = False, tag: str = "c"
+) -> str:
+    """The chart as an <svg> element: colours are CSS variables, ids begin with `tag`; empty if there is nothing to draw."""
+    sheet = curve(rows, against, batch, narrow)
+    if sheet is None:
+        return ""
+    text = files.encode(sheet, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{tag}-", text)
+    for i, colour in enumerate((INK, MUTED, PAPER, *COLOURS)):
+        text = text.replace(colour, f"var(--{('ink', 'muted', 'paper')[i] if i < 3 else f's{i - 3}'})")
+    over = "GMACs" if against == "macs" else f"measured speed at batch {batch}"
+    label = f"Accuracy against {over}; the table has every number"
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _tip(point: Point) -> str:
+    cost = gmac(point.row)
+    words = f"{name(point.row)}: {percent(point.y / 100)} %" + ("" if cost is None else f" at {cost:.3g} GMAC")
+    return words + (f", speed {point.x:.2f}×" if point.across else "")

@@ -1,0 +1,172 @@
+"""What the rows say, in plain sentences: what is saved, where a trivial baseline wins, where time did not fall.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from winnow.measure.record import Row
+from winnow.view.cells import Group, at, family, gmac, name, percent, speed, top1, verdict
+
+
+def sentences(group: Group) -> list[str]:
+    """Plain-language findings of one group, most important first; method spellings stand between backticks."""
+    parts = [_plain(group), _best(group), _baselines(group), _frontier(group), *_clock(group), _agreement(group)]
+    return [part for part in parts if part]
+
+
+def _plain(group: Group) -> str:
+    plain = group.plain
+    right = top1(plain) if plain is not None else None
+    if plain is None or right is None:
+        return ""
+    cost = gmac(plain)
+    words = f"The plain model is right on {percent(right.value)} %"
+    words += f" of {plain.data.n} images" if plain.data else ""
+    words += f" (95 % interval {percent(right.low)}–{percent(right.high)})"
+    return words + (f" at {cost:.3g} GMAC per image." if cost is not None else ".")
+
+
+def _best(group: Group) -> str:
+    right = top1(group.plain) if group.plain is not None else None
+    rows = _methods(group)
+    if right is None or not rows:
+        return ""
+    near = [row for row in rows if _value(row) >= right.value - 0.01 - 1e-9 and (group.saving(row) or 1) < 1]
+    if not near:
+        return "No method stays within 1 point of the plain model while saving MACs."
+    best = min(near, key=lambda row: group.saving(row) or 1)
+    gap = _value(best) - right.value
+    words = f"The cheapest method within 1 point of plain is `{name(best)}`: {percent(_value(best))} % "
+    words += f"({100 * gap:+.1f} points) with {percent(1 - (group.saving(best) or 1), 0)} % fewer MACs"
+    words += "".join(f"; {_pace(best, batch)}" for batch in _batches([best])) + "."
+    wide = (right.high - right.low) / 2
+    if wide > 0.01:
+        words += f" One point is less than these images resolve (±{percent(wide)}): rely on the paired tests."
+    return words
+
+
+def _pace(row: Row, batch: int) -> str:
+    one = at(row, batch)
+    assert one is not None
+    span = f"{one.low:.2f}–{one.high:.2f}"
+    if speed(one) == "same":
+        return f"at batch {batch} no measurable speed-up (interval {span})"
+    share = percent(1 / one.ratio, 0)
+    return f"at batch {batch} it takes {share} % of the plain model's time (speed {one.ratio:.2f}, {span})"
+
+
+def _baselines(group: Group) -> str:
+    tested = [row for row in _methods(group) if _against(row) is not None]
+    if not tested:
+        return ""
+    how: dict[str, list[Row]] = {"wins": [], "even": [], "loses": []}
+    for row in tested:
+        how[verdict(_against(row))].append(row)
+    words = (
+        f"Against the best trivial baseline of equal cost, {len(how['wins'])} of {len(tested)} settings are better "
+        f"(paired p < 0.05), {len(how['even'])} cannot be told apart, {len(how['loses'])} are worse."
+    )
+    for other in dict.fromkeys(_rival(row) for row in how["loses"]):
+        words += f" {other} wins against {_list([row for row in how['loses'] if _rival(row) == other])}."
+    if how["even"]:
+        words += f" Not shown to beat {_or(dict.fromkeys(_rival(row) for row in how['even']))}: {_list(how['even'])}."
+    return words
+
+
+def _frontier(group: Group) -> str:
+    """Rows that no other row beats on both accuracy and MACs, cheapest first."""
+    scored = [row for row in group.rows if top1(row) is not None and row.macs is not None]
+    if len(scored) < 3:
+        return ""
+    best, front = -1.0, []
+    for row in sorted(scored, key=lambda row: (gmac(row) or 0, -_value(row))):
+        if _value(row) > best:
+            best = _value(row)
+            front.append(row)
+    words = "Nothing measured here is both cheaper and as accurate as (cheapest first): "
+    words += ", ".join(f"`{name(row)}` {percent(_value(row))} % at {gmac(row):.3g} GMAC" for row in front) + "."
+    trivial = [row for row in front if row.role == "baseline"]
+    if trivial:
+        words += f" {len(trivial)} of these {len(front)} are trivial baselines."
+    return words
+
+
+def _clock(group: Group) -> list[str]:
+    rows = [row for row in group.rows if row.role != "plain"]
+    found = [_times(group, rows, batch) for batch in _batches(rows)]
+    return [words for words in found if words]
+
+
+def _times(group: Group, rows: Sequence[Row], batch: int) -> str:
+    timed = [(row, one) for row in rows if (one := at(row, batch)) is not None]
+    same = [row for row, one in timed if speed(one) == "same"]
+    slow = [row for row, one in timed if speed(one) == "slower"]
+    held = sorted(one.ratio * share for row, one in timed if (share := group.saving(row)))
+    noisy = [row for row, one in timed if not one.null_low <= 1 <= one.null_high]
+    parts = []
+    if held:
+        middle = held[len(held) // 2]
+        parts.append(
+            f"measured speed is {held[0]:.2f} to {held[-1]:.2f} of what the MACs promise (median {middle:.2f})"
+        )
+    if same:
+        parts.append(f"no measurable speed-up (the interval covers 1.0) from {_list(same)}")
+    if slow:
+        parts.append(f"slower than plain: {_list(slow)}")
+    if noisy:
+        parts.append(f"the A/A null run misses 1.0 in {len(noisy)} of {len(timed)} rows, so read these times with care")
+    return f"At batch {batch}: " + "; ".join(parts) + "." if parts else ""
+
+
+def _agreement(group: Group) -> str:
+    rows = [row for row in group.rows if row.role != "plain" and row.accuracy and top1(row) is None]
+    agree = [row.accuracy.agreement for row in rows if row.accuracy and row.accuracy.agreement is not None]
+    if not agree:
+        return ""
+    why = "The weights are random" if group.rows[0].weights is None else "No labels were given"
+    return (
+        f"{why}, so accuracy means nothing here: only agreement with the plain model is shown, "
+        f"{percent(min(agree))} to {percent(max(agree))} % of images."
+    )
+
+
+def _methods(group: Group) -> list[Row]:
+    return [row for row in group.rows if row.role == "method" and top1(row) is not None]
+
+
+def _value(row: Row) -> float:
+    right = top1(row)
+    assert right is not None
+    return right.value
+
+
+def _against(row: Row):
+    right = top1(row)
+    return right.vs_baseline if right is not None else None
+
+
+def _rival(row: Row) -> str:
+    paired = _against(row)
+    assert paired is not None
+    return paired.against.split("(", 1)[0]
+
+
+def _batches(rows: Sequence[Row]) -> list[int]:
+    return sorted({one.batch for row in rows for one in row.latency})
+
+
+def _list(rows: Sequence[Row]) -> str:
+    """Spellings; a family of more than three settings by its name and number."""
+    kinds = dict.fromkeys(family(row) for row in rows)
+    parts = []
+    for kind in kinds:
+        mine = [row for row in rows if family(row) == kind]
+        parts += [f"{kind} ({len(mine)} settings)"] if len(mine) > 3 else [f"`{name(row)}`" for row in mine]
+    return ", ".join(parts)
+
+
+def _or(words) -> str:
+    return " or ".join(words)
