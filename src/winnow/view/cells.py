@@ -63,6 +63,8 @@ class Column:
     meaning: str
     cell: Callable[[Row, Group], Cell]
     number: bool = True
+    wanted: bool = False
+    """Shown even when empty."""
     brief: bool = True
     """Belongs in the terminal and in short tables."""
 
@@ -141,7 +143,7 @@ def columns(found: Sequence[Group], brief: bool = False) -> list[Column]:
         column
         for column in able
         if (column.brief or not brief)
-        and (not column.number or any(column.cell(row, group).text != NONE for group in found for row in group.rows))
+        and (column.wanted or any(column.cell(row, group).text != NONE for group in found for row in group.rows))
     ]
 
 
@@ -259,7 +261,9 @@ def _timing(batch: int, bare: bool) -> list[Column]:
 
 
 _COST = [
-    Column("method", "The spelling that runs it again; nothing but defaults left out.", _method, number=False),
+    Column(
+        "method", "The spelling that runs it again; nothing but defaults left out.", _method, number=False, wanted=True
+    ),
     Column("tokens", "Patch tokens after the last block, mean over the images.", _tokens),
     Column("GMAC", "10⁹ multiply-adds per image, counted on executed tokens (1 GMAC = 2 GFLOP).", _gmac),
     Column("of plain", "GMAC as a share of the plain model's.", _share),
@@ -274,6 +278,7 @@ _RIGHT = [
         "best equal-cost baseline",
         "The most accurate of Random, Grid, Pool and Downsample with at most 1.02 × the method's MACs, and its top-1.",
         _baseline,
+        number=False,
     ),
     Column("p vs baseline", "The same paired test against that baseline.", _vs_baseline),
 ]

@@ -89,7 +89,7 @@ def _lines(axes: Any, found: list[Point]) -> None:
         i, counts[role] = counts[role], counts[role] + 1
         colour = MUTED if role == "baseline" else COLOURS[i % len(COLOURS)]
         dash = {"dashes": DASHES[i % len(DASHES)]} if role == "baseline" else {}
-        size = 4.5 if role == "baseline" else 6
+        size = 5.5 if role == "baseline" else 6
         for p in mine:
             thin = {"color": colour, "linewidth": 0.9, "alpha": 0.45, "zorder": 2, "solid_capstyle": "butt"}
             if p.up:
@@ -113,6 +113,8 @@ def _lines(axes: Any, found: list[Point]) -> None:
 
 
 def _plain(axes: Any, found: list[Point], against: str) -> None:
+    from matplotlib.patheffects import withStroke
+
     plain = next((point for point in reversed(found) if point.row.role == "plain"), None)
     if plain is None:
         return
@@ -134,14 +136,15 @@ def _plain(axes: Any, found: list[Point], against: str) -> None:
         fontsize=9.5,
         weight="bold",
         zorder=8,
+        path_effects=[withStroke(linewidth=3, foreground=PAPER)],
     )
 
 
 def _axes(axes: Any, against: str, batch: int | None, label: str) -> None:
     axes.set_ylabel(label, color=INK, fontsize=9.5)
-    words = "GMAC per image (further left is cheaper)"
+    words = "GMAC per image (left is cheaper)"
     if against == "time":
-        words = f"measured speed against plain, batch {batch} (further right is faster)"
+        words = f"measured speed, plain = 1, batch {batch} (right is faster)"
         axes.axvline(1, color=MUTED, linewidth=0.8, alpha=0.6, zorder=1)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel(words, color=INK, fontsize=9.5)
@@ -169,7 +172,7 @@ def save(rows: Sequence[Row], path: str | Path, against: str = "macs", batch: in
 def svg(
     rows: Sequence[Row], against: str = "macs", batch: int | None = None, narrow: bool = False, tag: str = "c"
 ) -> str:
-    """The chart as an <svg> element: colours are CSS variables, ids begin with `tag`; empty if there is nothing to draw."""
+    """The chart as an <svg> element: colours are CSS variables, ids begin with `tag`; empty with nothing to draw."""
     sheet = curve(rows, against, batch, narrow)
     if sheet is None:
         return ""

@@ -16,7 +16,7 @@ from winnow.view import files
 
 Grid = tuple[int, int]
 Layer = tuple[str, Any, float]
-"""Label of a layer, its owner ([P] or [h, w] ints, -1 = dropped), tokens left there."""
+"""Label of a layer, its owner ([P] or [h, w] ints, -1 = dropped; or a ready picture, uint8 [H, W, 3]), tokens there."""
 
 DIM, LIFT = 0.24, 26.0  # a dropped pixel becomes LIFT + DIM x its luminance: dark, yet apart from a black kept one
 
@@ -109,7 +109,8 @@ def _sheet(pixels: np.ndarray, rows: list[tuple[str, list[Layer]]], title: str, 
     across = 1 + max(len(layers) for _, layers in rows)
     high, cell = pixels.shape[0] / pixels.shape[1], 1.55
     tall, head = cell * high + 0.55, 0.38 if title else 0.05
-    width, height = across * (cell + 0.08) + 0.12, len(rows) * tall + head + 0.05
+    wide = max(0.105 * len(title), *(0.078 * len(name) for name, _ in rows))  # inches, roughly
+    width, height = max(across * (cell + 0.08) + 0.12, wide + 0.3), len(rows) * tall + head + 0.05
     sheet = Figure(figsize=(width, height), facecolor="white")
 
     def text(x: float, y: float, words: str, **how: Any) -> None:
@@ -120,13 +121,8 @@ def _sheet(pixels: np.ndarray, rows: list[tuple[str, list[Layer]]], title: str, 
     for i, (name, layers) in enumerate(rows):
         top = head + i * tall
         text(0.1, top + 0.06, name, va="top", fontsize=9, family="monospace", color="#1c1f23")
-        shown = [("photograph", pixels)]
-        for label, owner, tokens in layers:
-            count = f"{tokens:.1f}".removesuffix(".0")
-            flat = np.asarray(owner)
-            words = f"{label} · {count} token" + "s" * (count != "1")
-            shown.append((words, draw(pixels, flat, grid_of(flat, pixels.shape[:2], grid))))
-        for j, (words, one) in enumerate(shown):
+        shown = [_captioned(pixels, layer, grid) for layer in layers]
+        for j, (words, one) in enumerate([("photograph", pixels), *shown]):
             left, under = 0.1 + j * (cell + 0.08), top + 0.26
             box = (left / width, 1 - (under + cell * high) / height, cell / width, cell * high / height)
             axes = sheet.add_axes(box)
@@ -134,6 +130,15 @@ def _sheet(pixels: np.ndarray, rows: list[tuple[str, list[Layer]]], title: str, 
             axes.set_axis_off()
             text(left, under + cell * high + 0.04, words, va="top", fontsize=7.5, color="#555b61")
     return sheet
+
+
+def _captioned(pixels: np.ndarray, layer: Layer, grid: Grid | None) -> tuple[str, np.ndarray]:
+    label, owner, tokens = layer
+    one = np.asarray(owner)
+    if one.ndim != 3:
+        one = draw(pixels, one, grid_of(one, pixels.shape[:2], grid))
+    count = f"{tokens:.1f}".removesuffix(".0")
+    return f"{label} · {count} token" + "s" * (count != "1"), one
 
 
 def grid_of(owner: np.ndarray, shape: tuple[int, int], grid: Grid | None = None) -> Grid:

@@ -18,7 +18,7 @@ import numpy as np
 
 from winnow.measure.record import Row
 from winnow.view import curves, files
-from winnow.view.cells import Cell, Group, columns, groups
+from winnow.view.cells import Cell, Group, columns, groups, top1
 from winnow.view.summary import sentences
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
         if len(found) > 1:
             out.add_row(Text(title(group), style="bold"))
         for row in group.rows:
-            texts = [(column.number, column.cell(row, group)) for column in shown]
-            out.add_row(*(Text(cell.flat, style=STYLES.get(cell.mark, "") if number else "") for number, cell in texts))
+            texts = [column.cell(row, group) for column in shown]
+            out.add_row(*(Text(cell.flat, style=STYLES.get(cell.mark, "")) for cell in texts))
         out.add_section()
     return out
 
@@ -77,7 +77,7 @@ def markdown(rows: Sequence[Row], brief: bool = False) -> str:
         lines.append("|" + "|".join("--:" if column.number else ":--" for column in shown) + "|")
         for row in group.rows:
             cells = [(column.number, column.cell(row, group)) for column in shown]
-            lines.append("| " + " | ".join(_plain(c.flat) if number else _code(c.flat) for number, c in cells) + " |")
+            lines.append("| " + " | ".join(_plain(c.flat) if number else _spelling(c) for number, c in cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -122,7 +122,7 @@ def facts(group: Group) -> list[tuple[str, str]]:
     missing = {key: count for row in rows if row.macs for key, count in row.macs.left_out.items()}
     pairs = [
         ("model", first.model),
-        ("weights", f"SHA-256 {first.weights}…" if first.weights else "random initialisation"),
+        ("weights", f"SHA-256 {first.weights}…" if first.weights else "random weights"),
         ("task", first.task),
         (
             "data",
@@ -143,7 +143,7 @@ def facts(group: Group) -> list[tuple[str, str]]:
 
 
 def _section(group: Group, i: int) -> dict[str, Any]:
-    shown = columns([group])
+    shown, known = columns([group]), facts(group)
     sizes = sorted({one.batch for row in group.rows for one in row.latency})
     asked = [("macs", None), *(("time", size) for size in sizes)]
     charts = []
@@ -155,8 +155,10 @@ def _section(group: Group, i: int) -> dict[str, Any]:
             charts.append({"wide": wide, "narrow": narrow, "batch": size})
     return {
         "title": title(group),
-        "facts": facts(group),
+        "where": " · ".join(text for head, text in known if head in ("data", "weights", "device", "commit", "date")),
+        "facts": known,
         "findings": sentences(group),
+        "scored": any(top1(row) for row in group.rows),
         "charts": charts,
         "columns": shown,
         "rows": [(row, [column.cell(row, group) for column in shown]) for row in group.rows],
@@ -211,7 +213,7 @@ def _environment() -> Any:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", re.sub(r"\s+", " ", text))
 
 
 def _code(text: str) -> str:
@@ -220,6 +222,10 @@ def _code(text: str) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if "`" in text else ""
     return text if text == Cell().text else f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _spelling(cell: Cell) -> str:
+    return _code(cell.text) + (f" ({_plain(cell.note)})" if cell.note else "")
 
 
 def _findings(words: str) -> str:

@@ -13,7 +13,7 @@ from winnow.view.cells import Group, at, family, gmac, name, percent, speed, top
 
 def sentences(group: Group) -> list[str]:
     """Plain-language findings of one group, most important first; method spellings stand between backticks."""
-    parts = [_plain(group), _best(group), _baselines(group), _frontier(group), *_clock(group), _agreement(group)]
+    parts = [_agreement(group), _plain(group), _best(group), _baselines(group), _frontier(group), *_clock(group)]
     return [part for part in parts if part]
 
 
@@ -40,7 +40,7 @@ def _best(group: Group) -> str:
     best = min(near, key=lambda row: group.saving(row) or 1)
     gap = _value(best) - right.value
     words = f"The cheapest method within 1 point of plain is `{name(best)}`: {percent(_value(best))} % "
-    words += f"({100 * gap:+.1f} points) with {percent(1 - (group.saving(best) or 1), 0)} % fewer MACs"
+    words += f"({_signed(100 * gap)} points) with {percent(1 - (group.saving(best) or 1), 0)} % fewer MACs"
     words += "".join(f"; {_pace(best, batch)}" for batch in _batches([best])) + "."
     wide = (right.high - right.low) / 2
     if wide > 0.01:
@@ -65,10 +65,11 @@ def _baselines(group: Group) -> str:
     how: dict[str, list[Row]] = {"wins": [], "even": [], "loses": []}
     for row in tested:
         how[verdict(_against(row))].append(row)
+    better = f"better (paired p < 0.05{': ' if how['wins'] else ''}{_list(how['wins'])})"
     words = (
-        f"Against the best trivial baseline of equal cost, {len(how['wins'])} of {len(tested)} settings are better "
-        f"(paired p < 0.05), {len(how['even'])} cannot be told apart, {len(how['loses'])} are worse."
+        f"Against the best trivial baseline of equal cost, {len(how['wins'])} of {len(tested)} settings are {better}, "
     )
+    words += f"{len(how['even'])} cannot be told apart, {len(how['loses'])} are worse."
     for other in dict.fromkeys(_rival(row) for row in how["loses"]):
         words += f" {other} wins against {_list([row for row in how['loses'] if _rival(row) == other])}."
     if how["even"]:
@@ -77,8 +78,8 @@ def _baselines(group: Group) -> str:
 
 
 def _frontier(group: Group) -> str:
-    """Rows that no other row beats on both accuracy and MACs, cheapest first."""
-    scored = [row for row in group.rows if top1(row) is not None and row.macs is not None]
+    """How many settings of each family no other row beats on both accuracy and MACs."""
+    scored = [row for row in group.rows if top1(row) is not None and row.macs is not None and row.role != "plain"]
     if len(scored) < 3:
         return ""
     best, front = -1.0, []
@@ -86,12 +87,16 @@ def _frontier(group: Group) -> str:
         if _value(row) > best:
             best = _value(row)
             front.append(row)
-    words = "Nothing measured here is both cheaper and as accurate as (cheapest first): "
-    words += ", ".join(f"`{name(row)}` {percent(_value(row))} % at {gmac(row):.3g} GMAC" for row in front) + "."
-    trivial = [row for row in front if row.role == "baseline"]
-    if trivial:
-        words += f" {len(trivial)} of these {len(front)} are trivial baselines."
-    return words
+    kinds = dict.fromkeys(family(row) for row in scored)
+    counts = [(kind, _count(front, kind), _count(scored, kind)) for kind in kinds]
+    on = ", ".join(f"{kind} {mine} of {all_}" for kind, mine, all_ in counts if mine)
+    off = ", ".join(kind for kind, mine, _ in counts if not mine)
+    words = f"On the frontier, where nothing else measured is both cheaper and as accurate: {on} settings."
+    return words + (f" Never on it: {off}." if off else "")
+
+
+def _count(rows: Sequence[Row], kind: str) -> int:
+    return sum(family(row) == kind for row in rows)
 
 
 def _clock(group: Group) -> list[str]:
@@ -159,13 +164,15 @@ def _batches(rows: Sequence[Row]) -> list[int]:
 
 
 def _list(rows: Sequence[Row]) -> str:
-    """Spellings; a family of more than three settings by its name and number."""
+    """Spellings; where they would fill the page, families with how many of their settings."""
+    if len(rows) <= 4:
+        return ", ".join(f"`{name(row)}`" for row in rows)
     kinds = dict.fromkeys(family(row) for row in rows)
-    parts = []
-    for kind in kinds:
-        mine = [row for row in rows if family(row) == kind]
-        parts += [f"{kind} ({len(mine)} settings)"] if len(mine) > 3 else [f"`{name(row)}`" for row in mine]
-    return ", ".join(parts)
+    return ", ".join(f"{kind} ×{_count(rows, kind)}" for kind in kinds)
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")
 
 
 def _or(words) -> str:
