@@ -29,7 +29,9 @@ def test_tome_schedule():
         assert list(method.amounts(depth)) == wanted, key
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("bsm_n17_ct1_dt0_r5", 1), ("bsm_n18_ct1_dt1_r4", 2), ("bsm_n16_ct0_dt0_r6", 0)])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("bsm_n17_ct1_dt0_r5", 1), ("bsm_n18_ct1_dt1_r4", 2), ("bsm_n16_ct0_dt0_r6", 0)]
+)
 def test_tome_matching(name, prefix):
     case = reference("tome")[name]
     x, size, metric = (case[key][:, prefix:] for key in ("x", "size", "metric"))

@@ -4,8 +4,8 @@ from ._calibrate import calibrate
 from ._parse import list_methods, parse
 from ._reduce import reduce, reduced, reducer_of, restore, watch
 from ._save import load, save
-from .methods import METHODS
 from .methods import *  # noqa: F403
+from .methods import METHODS
 from .methods import __all__ as _methods
 from .parts.amount import Below, Exactly, Keep, Remove
 from .ways import Padded

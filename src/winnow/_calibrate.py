@@ -20,7 +20,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     Sites are calibrated in order, each on what the earlier ones leave. ValueError where nothing is to be calibrated.
     """
     reducer = reducer_of(model)
-    quantiles = reducer.quantiles() if hasattr(reducer, "quantiles") else {}
+    quantiles = reducer.quantiles()
     if not quantiles:
         raise ValueError(f'{reducer.method} has nothing to calibrate; Below(0.3, of="quantile") would')
     data, training = list(batches), model.training

@@ -59,7 +59,9 @@ def _value(node: ast.expr, names: dict[str, type], text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: numbers, strings, tuples and amounts only") from None
+        raise ValueError(
+            f"cannot read {ast.unparse(node)!r} in {text!r}: numbers, strings, tuples and amounts only"
+        ) from None
 
 
 def _known(name: str, names: dict[str, type], text: str) -> type:
@@ -74,7 +76,7 @@ def _call(cls: type, node: ast.Call, names: dict[str, type], text: str) -> Any:
     fields = [field.name for field in dataclasses.fields(cls)]
     if any(isinstance(arg, ast.Starred) for arg in node.args) or any(word.arg is None for word in node.keywords):
         raise ValueError(f"cannot read {text!r}: no * or ** here")
-    words = {word.arg: _value(word.value, names, text) for word in node.keywords}
+    words = {str(word.arg): _value(word.value, names, text) for word in node.keywords}
     wrong = [word for word in words if word not in fields]
     if wrong:
         raise ValueError(f"{cls.__name__} has no field {wrong[0]!r}; fields: {', '.join(fields)}")

@@ -19,8 +19,13 @@ from .reducer import Method, Reducer
 from .ways import Way, check_way
 
 Model = TypeVar("Model", bound=nn.Module)
-EXPLAIN = {
-    "cls_attention": ("class-token attention", "has no class token", 'ToMe or NormThreshold, or attention="received"'),
+LACKING = {
+    "cls_attention": "class-token attention",
+    "received": "received attention",
+    "keys": "attention keys",
+    "values": "attention values",
+    "sizes": "attention that weighs token sizes",
+    "padding": "attention that skips padding",
 }
 
 
@@ -36,6 +41,8 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
     host = host_of(model, blocks)
     _check_fit(model, host, method)
     way = check_way(way, method.facts, repr(method))
+    if way not in ("auto", "static") and "padding" not in host.offers:
+        raise ValueError(f'{host.family} cannot run way={way!r}: its attention does not skip padding; use way="static"')
 
     setting = host.setting
     reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
@@ -44,7 +51,7 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
     reducer.to(like.device, like.dtype).train(model.training)
     reducer.seat = seat
     model.reducer = reducer
-    for index, (block, view) in enumerate(zip(host.blocks, host.views)):
+    for index, (block, view) in enumerate(zip(host.blocks, host.views)):  # no views: the adapter brings its own
         _replace(seat, block, "forward", block_forward, Slot(seat, block, index, view))
     for patch in host.patches:
         _replace(seat, patch.module, patch.name, patch.function, Slot(seat, patch.module))
@@ -117,9 +124,20 @@ def _check_free(model: nn.Module) -> None:
 def _check_fit(model: nn.Module, host: Host, method: Method) -> None:
     facts, name = method.facts, type(model).__name__
     if facts.where not in host.accepts:
-        raise ValueError(f'{method} acts at "{facts.where}", which {host.family} ({name}) does not offer; '
-                         f"it offers {', '.join(sorted(host.accepts))}")
-    for need, (what, lacks, instead) in EXPLAIN.items():
-        if need in facts.needs and not host.setting.cls:
-            raise ValueError(f"{method} needs {what}; {name} {lacks}. Use {instead}.")
+        raise ValueError(
+            f'{method} acts at "{facts.where}", which {host.family} ({name}) does not offer; '
+            f"it offers {', '.join(sorted(host.accepts))}"
+        )
+    wants = facts.needs | ({"sizes"} if facts.sizes else set()) | (set() if facts.static else {"padding"})
+    if "cls_attention" in wants & host.offers and not host.setting.cls:
+        raise ValueError(
+            f"{method} needs class-token attention; {name} has no class token. "
+            'Use ToMe or NormThreshold, or attention="received".'
+        )
+    missing = sorted(wants - host.offers)
+    if missing:
+        raise ValueError(
+            f"{method} needs {LACKING.get(missing[0], missing[0])}, which {host.family} ({name}) does not offer. "
+            "Use Random, Grid or Pool(proportional=False)."
+        )
     method.check(host.setting)

@@ -58,7 +58,9 @@ class Host:
     """What else to replace: the entry (calls `Seat.begin`) and heads that read all tokens."""
     accepts: frozenset[str] = frozenset({"block", "between"})
     """Values of `Facts.where` this family can serve."""
-    outside_macs: Callable[[int, int], float] | None = None
+    offers: frozenset[str] = frozenset({"keys", "values", "cls_attention", "received", "noise", "sizes", "padding"})
+    """Signals it can give, and whether its attention takes token sizes and padding."""
+    outside_macs: Callable[[Tensor, Tensor], Tensor] | None = None
     """MACs of stem and head for P patches and n tokens (prefix included) at the end; None where unknown."""
 
 
@@ -171,6 +173,11 @@ class Seat:
             x = torch.cat([x[:, :prefix], out.x], 1) if prefix else out.x
         return x, self._store(out, after)
 
+    def carry(self, tokens: Tokens, after: int) -> None:
+        """Block `after` ran and changed no tokens."""
+        self.run.live[after] = self.run.live[after - 1]
+        self.run.tokens[after] = tokens
+
     def _lay_out(self, out: Tokens) -> Tokens:
         way = self.run.way
         if self.facts.static:
@@ -222,7 +229,9 @@ class Slot:
 
 def block_forward(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Tensor:
     """The one block forward: ledger of layer-1, qkv, attention with sizes and padding, reducer, MLP, ledger of layer."""
-    unknown = [repr(arg) for arg in args if arg is not None] + [k for k, v in words.items() if v is not None and v is not False]
+    unknown = [repr(arg) for arg in args if arg is not None] + [
+        k for k, v in words.items() if v is not None and v is not False
+    ]
     if unknown:
         raise ValueError(f"a reduced block takes only its tokens; it was also given {', '.join(unknown)[:80]}")
     seat, layer, block, view = slot.seat, slot.index, slot.module, slot.view
@@ -237,13 +246,13 @@ def block_forward(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Tensor:
     where = seat.facts.where
     if where == "block" and layer in seat.sites:
         x, tokens = seat.act(x, tokens, layer, layer, (q, k, v, bias), options)
+    del q, k, v, extra  # or they would stay in memory through the MLP, which is where a block peaks
     added = view.mlp(block, x)
     x = x if added is None else x + added
     if where == "between" and layer + 1 in seat.sites:
         x, tokens = seat.act(x, tokens, layer + 1, layer)
     elif not (where == "block" and layer in seat.sites):
-        seat.run.live[layer] = seat.run.live[layer - 1]
-        seat.run.tokens[layer] = tokens
+        seat.carry(tokens, layer)
     return x
 
 

@@ -27,8 +27,14 @@ def log_sizes(ledger: Ledger, prefix: int, sizes: bool) -> Tensor | None:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *,
-    scale: float | None = None, dropout: float = 0.0, path: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    path: str = "auto",
 ) -> Tensor:
     """[B, H, N, D] attention of q, k, v [B, H, N, D] with `bias` [B, N] on the keys.
 

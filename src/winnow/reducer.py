@@ -156,6 +156,10 @@ class Reducer(nn.Module):
         """Auxiliary losses of the last forward."""
         return {}
 
+    def quantiles(self) -> dict[int, float]:
+        """Sites whose limit is a quantile of the scores there, and the quantile: `winnow.calibrate` sets them."""
+        return {}
+
     def macs(self, n: int, layer: int, setting: Setting) -> float:
         """MACs per image this reducer itself spends at `layer` on n tokens (0 where it multiplies no matrices)."""
         return 0.0

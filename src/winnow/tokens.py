@@ -50,7 +50,9 @@ class Ledger:
         """Spread a value per token, [B, N] or [B, N, C], back on the patches: [B, P] or [B, P, C]."""
         flat = x.unsqueeze(-1) if x.ndim == 2 else x
         if flat.shape[:2] != (self.owner.shape[0], self.n):
-            raise ValueError(f"dense() needs one value per token, [{self.owner.shape[0]}, {self.n}, ...]; got {[*x.shape]}")
+            raise ValueError(
+                f"dense() needs one value per token, [{self.owner.shape[0]}, {self.n}, ...]; got {[*x.shape]}"
+            )
         index = self.owner.clamp_min(0).unsqueeze(-1).expand(-1, -1, flat.shape[-1])
         out = flat.gather(1, index).masked_fill((self.owner < 0).unsqueeze(-1), fill)
         return out.squeeze(-1) if x.ndim == 2 else out

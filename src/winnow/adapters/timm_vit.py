@@ -32,19 +32,28 @@ def host(model: Any) -> Host:
     changed = [name for name in OWN if getattr(type(model), name) is not getattr(VisionTransformer, name)]
     heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
     if changed or type(model).forward_head not in heads:
-        raise TypeError(f"{type(model).__name__} changes {(changed or ['forward_head'])[0]} of timm's VisionTransformer")
+        raise TypeError(
+            f"{type(model).__name__} changes {(changed or ['forward_head'])[0]} of timm's VisionTransformer"
+        )
     if not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("the model drops patches itself (patch_drop_rate > 0): create it without")
     pool = model.attn_pool
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
-        raise TypeError(f"{type(pool).__name__} as the head mixes all tokens by place: use global_pool='avg' or 'token'")
+        raise TypeError(
+            f"{type(pool).__name__} as the head mixes all tokens by place: use global_pool='avg' or 'token'"
+        )
     embed = model.patch_embed
     plain = type(embed).forward is PatchEmbed.forward
     return Host(
         family="timm VisionTransformer",
         setting=Setting(
-            depth=len(model.blocks), width=model.embed_dim, heads=timm_blocks.heads(model.blocks[0]),
-            prefix=model.num_prefix_tokens, cls=model.has_class_token, grid=embed.grid_size, patch=_patch_size(embed),
+            depth=len(model.blocks),
+            width=model.embed_dim,
+            heads=timm_blocks.heads(model.blocks[0]),
+            prefix=model.num_prefix_tokens,
+            cls=model.has_class_token,
+            grid=embed.grid_size,
+            patch=_patch_size(embed),
         ),
         blocks=tuple(model.blocks),
         views=tuple(timm_blocks.view(block) for block in model.blocks),
@@ -81,7 +90,8 @@ def _enter(slot: Slot, x: Tensor) -> Tensor:
     seat.begin(x, tuple(embed.dynamic_feat_size(x.shape[-2:])))  # type: ignore[operator]
     if seat.facts.where == "input":
         patch = seat.setting.patch
-        x = seat.reducer.resize(x, patch)
+        assert patch is not None  # or Downsample.check had refused
+        x = seat.reducer(x, patch)
         seat.run.small = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
         embed = _Flexible(embed, strict_img_size=False, flatten=False, output_fmt="NHWC")
         return PatchEmbed.forward(embed, x)
@@ -98,7 +108,9 @@ def _pos_embed(slot: Slot, x: Tensor) -> Tensor:
 def _final(slot: Slot, x: Tensor) -> Ledger:
     ledger = slot.seat.run.ledger
     if x.shape[1] - slot.seat.setting.prefix != ledger.n:
-        raise ValueError(f"the head was given {x.shape[1]} tokens, the last forward left {ledger.n}: pool its own features")
+        raise ValueError(
+            f"the head was given {x.shape[1]} tokens, the last forward left {ledger.n}: pool its own features"
+        )
     return ledger
 
 
@@ -154,15 +166,15 @@ def _intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **wor
     return each(out) if isinstance(out, list) else (out[0], each(out[1]))
 
 
-def _outside_macs(model: Any, patches: int, n: int) -> float:
+def _outside_macs(model: Any, patches: Tensor, n: Tensor) -> Tensor:
     """Patch embedding, attention pooling and classifier of one image."""
-    macs = float(model.patch_embed.proj.weight.numel() * patches)
+    macs = model.patch_embed.proj.weight.numel() * patches
     pool = model.attn_pool
     if pool is not None:
         keys = n if model.pool_include_prefix else n - model.num_prefix_tokens
-        macs += pool.kv.weight.numel() * keys + 2 * keys * pool.latent_len * pool.kv.in_features
-        macs += pool.latent_len * sum(timm_blocks.linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part)
+        macs = macs + pool.kv.weight.numel() * keys + 2 * keys * pool.latent_len * pool.kv.in_features
+        macs = macs + pool.latent_len * sum(
+            timm_blocks.linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part
+        )
     heads = [model.head, getattr(model, "head_dist", None)]
     return macs + sum(timm_blocks.linear_macs(head) for head in heads if head is not None)
-
-

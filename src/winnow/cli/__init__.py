@@ -1,1 +1,44 @@
-def main() -> None: ...
+"""The command `winnow`: one file per verb; exit 0 ok, 1 a check failed, 2 refusal or bad input in one line.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from . import compare, list_, measure, report, show
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
+)  # fmt: skip
+for verb in (list_, show, measure, compare, report):
+    app.command(name=verb.NAME)(verb.command)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; bad input is one line on stderr and exit code 2 (WINNOW_TRACEBACK=1 shows where it came from)."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("winnow: interrupted; rows already made are kept, the same command goes on from there", file=sys.stderr)
+        code = 130
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("WINNOW_TRACEBACK"):
+            raise
+        print("winnow: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

@@ -32,15 +32,14 @@ def batches(
     workers: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    start: int = 0,
 ) -> Iterator[Batch]:
-    """Batches in order, from image `start` on; `workers` threads decode one batch ahead; the last may be smaller.
+    """Batches in order, the last may be smaller; `workers` threads decode one batch ahead (0: none).
 
     progress is called with the number of images done. ValueError on bad settings, at once; UnreadableImage on the way.
     """
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size={batch_size}, workers={workers}: give at least 1 and 0")
-    return _batches(images, transform, batch_size, workers, device, progress, start)
+    return _batches(images, transform, batch_size, workers, device, progress, 0)
 
 
 def cached(
@@ -148,9 +147,10 @@ def _stack(loaded: Sequence[tuple[Tensor, int | None]], group: range, images: An
     pixels = [image for image, _ in loaded]
     other = next((i for i, image in zip(group, pixels) if image.shape != pixels[0].shape), None)
     if other is not None:
+        shapes = list(pixels[0].shape), list(pixels[other - group[0]].shape)
         raise ValueError(
-            f"the transform gives {list(pixels[0].shape)} for image {group[0]} and {list(pixels[other - group[0]].shape)} "
-            f"for image {other}: use one that resizes and crops to one size"
+            f"the transform gives {shapes[0]} for image {group[0]} and {shapes[1]} for image {other}: "
+            "use one that resizes and crops to one size"
         )
     labels = [label for _, label in loaded if label is not None]
     return Batch(torch.stack(pixels), torch.tensor(labels) if len(labels) == len(loaded) else None, list(group))

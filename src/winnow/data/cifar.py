@@ -19,7 +19,11 @@ _ALLOWED = {
     ("_codecs", "encode"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
-    *((core, name) for core in ("numpy.core.multiarray", "numpy._core.multiarray") for name in ("_reconstruct", "scalar")),
+    *(
+        (core, name)
+        for core in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct", "scalar")
+    ),
     *((core, "_frombuffer") for core in ("numpy.core.numeric", "numpy._core.numeric")),
     *(("builtins", name) for name in ("bytearray", "bytes", "dict", "list", "tuple", "int", "str")),
 }
@@ -46,9 +50,7 @@ class _Pixels:
 def cifar_folder(path: Path) -> Path | None:
     """The folder with the CIFAR pickles: `path` or its usual sub-folder; None if there are none."""
     for folder in (path, path / "cifar-100-python", path / "cifar-10-batches-py"):
-        if _splits(folder) and any((folder / name).is_file() for name in ("meta", "batches.meta", *_TRAIN_10)):
-            return folder
-        if folder.name in ("cifar-100-python", "cifar-10-batches-py") and _splits(folder):
+        if _splits(folder):
             return folder
     return None
 

@@ -37,7 +37,7 @@ class Images(Dataset):
         credits: Sequence[str] | None = None,
     ) -> None:
         """`read(i)` opens image i; `lengths` are bytes (they enter the hash); `labels` are all there or None."""
-        assert len(lengths) == len(keys) and (labels is None or len(labels) == len(keys)), "one entry per image"
+        assert {len(values) for values in (lengths, labels, credits) if values is not None} == {len(keys)}
         self.name, self.split, self.classes = name, split, classes
         self.labels: list[int] | None = None if labels is None else [int(label) for label in labels]
         self._keys, self._lengths = list(keys), list(lengths)
@@ -66,7 +66,7 @@ class Images(Dataset):
 
     @property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 over keys, byte lengths and labels, first to last (pixels are not read)."""
+        """First 16 hex digits of the SHA-256 over keys, byte lengths and labels in order; no pixels are read."""
         digest = hashlib.sha256()
         for i, (key, length) in enumerate(zip(self._keys, self._lengths)):
             digest.update(f"{key}\0{length}\0{'' if self.labels is None else self.labels[i]}\n".encode())

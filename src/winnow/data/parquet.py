@@ -70,7 +70,7 @@ def open_parquet(
     files: Sequence[Path], name: str, split: str, image_column: str | None, label_column: str | None
 ) -> Images:
     """Rows of all files in name order; columns are found by their usual names unless named; label_column="": none."""
-    files = _pick_split(files, name, split)
+    files, split = _pick_split(files, name, split)
     groups, labels, keys, lengths = [], [], [], []
     for path in files:
         with _parquet_file(path) as file:
@@ -106,8 +106,8 @@ def _guarded(path: Path, act: Any) -> Any:
         raise ValueError(f"{path} is not a readable parquet file ({reason}): download it again") from None
 
 
-def _pick_split(files: Sequence[Path], name: str, split: str) -> list[Path]:
-    """The files of one split, told by their names: `train-00000-of-00002.parquet`."""
+def _pick_split(files: Sequence[Path], name: str, split: str) -> tuple[list[Path], str]:
+    """The files of one split and its name, told by their names: `train-00000-of-00002.parquet`."""
 
     def split_of(path: Path) -> str:
         found = re.match(r"(train|test|val(?:idation)?|[a-z_]+(?=-\d+-of-\d+))(?![a-z])", path.name.lower())
@@ -119,10 +119,10 @@ def _pick_split(files: Sequence[Path], name: str, split: str) -> list[Path]:
         picked = [path for path in files if split_of(path) == split.lower()]
         if not picked:
             raise ValueError(f"{name} has no parquet files of split {split!r} (there are: {named})")
-        return picked
+        return picked, split
     if len(there) > 1:
         raise ValueError(f"{name} holds several splits ({named}): choose one with split")
-    return list(files)
+    return list(files), there[0]
 
 
 def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> tuple[Any, str]:
@@ -172,7 +172,7 @@ def _keys(path: Path, file: Any, image: Any, n: int) -> list[str]:
 
     if types.is_struct(image.type) and image.type.get_field_index("path") >= 0:
         column = _guarded(path, lambda: file.read(columns=[f"{image.name}.path"])).column(0)
-        named = [row["path"] if row else None for row in column.to_pylist()]
+        named: list[str] = [row["path"] if row else "" for row in column.to_pylist()]
         if all(named):
             return [Path(key).name if Path(key).is_absolute() else key for key in named]
     return [f"{path.stem}:{row}" for row in range(n)]

@@ -75,21 +75,22 @@ def open_images(
 def _open(spec: str, split: str, image_column: str | None, label_column: str | None) -> Images:
     """Choose the reader; columns asked of something without columns are refused."""
     path = Path(spec).expanduser()
+    named = spec == "photographs"  # the name wins; a folder called so is ./photographs
     if path.suffix.lower() == ".csv" and path.is_file():
         return _open_csv(path, split, image_column or "file", "label" if label_column is None else label_column)
     if path.suffix.lower() == ".parquet" and path.is_file():
         return open_parquet([path], path.stem, split, image_column, label_column)
-    tables = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")) if path.is_dir() else []
-    if tables and spec != "photographs":
+    tables = [] if named else sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    if tables:
         return open_parquet(tables, _name(path), split, image_column, label_column)
     if image_column is not None:
         raise ValueError(f"{spec} has no columns: image_column is for .csv and .parquet")
-    cifar = cifar_folder(path) if path.is_dir() and spec != "photographs" else None
+    cifar = None if named else cifar_folder(path)
     if cifar:
         return open_cifar(cifar, split, label_column)
     if label_column is not None:
         raise ValueError(f"{spec} has no columns: label_column is for .csv, .parquet and CIFAR")
-    if spec == "photographs":
+    if named:
         return open_photographs(split)
     if path.is_dir():
         return _open_folder(path, split)

@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Data(_Part):
@@ -46,14 +46,23 @@ class Paired(_Part):
 class Accuracy(_Part):
     """Top-1 with its 95 % Wilson interval; `hits` is one bit per image, hexadecimal, so that any two rows can be paired."""
 
-    value: float
-    low: float
-    high: float
+    value: float | None = None
+    """None where the images have no labels."""
+    low: float | None = None
+    high: float | None = None
     agreement: float | None = None
     """Share of images whose top-1 equals the plain model's."""
     hits: str = ""
     vs_plain: Paired | None = None
     vs_baseline: Paired | None = None
+
+
+class Top1(Accuracy):
+    """An accuracy on images that have labels."""
+
+    value: float
+    low: float
+    high: float
 
 
 class Macs(_Part):
@@ -113,10 +122,12 @@ class Row(_Part):
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one row and force it to disk; OSError if the disk is full."""
+    """Append one row and force it to disk; OSError if the disk is full. A half-written last line stays a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(row.model_dump_json(by_alias=True, exclude_none=False) + "\n")
+    with open(path, "ab") as file:
+        if file.tell() and not _ends_a_line(path):
+            file.write(b"\n")
+        file.write(row.model_dump_json(by_alias=True, exclude_none=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -124,7 +135,7 @@ def append(path: Path, row: Row) -> None:
 def read(path: Path) -> list[Row]:
     """All rows of a JSON-lines file; ValueError names the line that is not a row or is from a newer Winnow."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -138,6 +149,12 @@ def read(path: Path) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return rows
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def upgrade(raw: dict) -> dict:

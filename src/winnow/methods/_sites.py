@@ -55,7 +55,9 @@ class AtPlaces(AtLayers):
         if self.at not in ("block", "input"):
             raise ValueError(f'{owner}(at={self.at!r}): at must be "block" or "input"')
         if self.at == "input" and self.layers != default:
-            raise ValueError(f'{owner}: at="input" acts once, before block 0; layers={self.layers} goes with at="block"')
+            raise ValueError(
+                f'{owner}: at="input" acts once, before block 0; layers={self.layers} goes with at="block"'
+            )
         super().__post_init__()
 
     @property

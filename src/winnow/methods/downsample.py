@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reducer import Facts, Method, Reducer, Setting, Signals
-from ..tokens import Ledger, Tokens
+from ..reducer import Facts, Method, Reducer, Setting
+from ..tokens import Ledger
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,13 +63,10 @@ class Downsample(Method):
 
 
 class DownsampleReducer(Reducer):
-    """Acts on the image; the adapter calls `resize` before the patches are cut and `ledger` after."""
+    """Acts on the image: the adapter calls it before the patches are cut, and `ledger` after."""
 
-    def forward(self, tokens: Tokens, signals: Signals, layer: int) -> Tokens:
-        raise AssertionError("Downsample acts on the image")
-
-    def resize(self, images: Tensor, patch: tuple[int, int]) -> Tensor:
-        """Images [B, 3, H, W] to the smaller size."""
+    def forward(self, images: Tensor, patch: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """Images [B, 3, H, W] at the smaller size; `patch` in pixels."""
         assert isinstance(self.method, Downsample)
         h, w = self.method.grid((images.shape[-2] // patch[0], images.shape[-1] // patch[1]), patch)
         size = (h * patch[0], w * patch[1])

@@ -23,7 +23,7 @@ class NormThreshold(Method):
     """Before the listed blocks, tokens with a norm not above the limit go; how many depends on the image."""
 
     below: Below | tuple[Below, ...] = Below(0.9, of="mean")
-    before: tuple[int, ...] = (3, 6, 9)
+    before: tuple[int, ...] = (3,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "before", check_layers("NormThreshold", "before", self.before))
@@ -60,7 +60,6 @@ class NormThresholdReducer(Reducer):
         return at_site(self.method.below, self.method.before, layer)
 
     def quantiles(self) -> dict[int, float]:
-        """Sites whose limit is a quantile and the quantile, for `winnow.calibrate`."""
         assert isinstance(self.method, NormThreshold)
         sites = {layer: self.below(layer) for layer in self.method.before}
         return {layer: below.limit for layer, below in sites.items() if below.of == "quantile"}

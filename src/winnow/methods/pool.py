@@ -50,7 +50,7 @@ class PoolReducer(Reducer):
             m = self.count(n, site)
             if m != n:
                 (_, grid), n = cells(n, m, grid), m
-        return grid
+        return grid if n == tokens.n else None
 
 
 def _heads(cell: Tensor, m: int) -> Tensor:

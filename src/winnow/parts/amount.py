@@ -107,10 +107,15 @@ def check_amounts(owner: str, name: str, value: object, kinds: type | tuple[type
     wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
     for one in several:
         if not isinstance(one, kinds):
-            raise TypeError(f"{owner}({name}={value!r}): {wanted} is needed, e.g. {name}=Keep(0.7)".replace(
-                "Keep(0.7)", "Below(1.0)" if kinds is Below else "Keep(0.7)"))
+            raise TypeError(
+                f"{owner}({name}={value!r}): {wanted} is needed, e.g. {name}=Keep(0.7)".replace(
+                    "Keep(0.7)", "Below(1.0)" if kinds is Below else "Keep(0.7)"
+                )
+            )
     if isinstance(value, tuple) and len(value) != len(sites):
-        raise ValueError(f"{owner}: {len(value)} values of {name} for {len(sites)} sites {tuple(sites)}; give one per site")
+        raise ValueError(
+            f"{owner}: {len(value)} values of {name} for {len(sites)} sites {tuple(sites)}; give one per site"
+        )
 
 
 def check_layers(owner: str, name: str, layers: object) -> tuple[int, ...]:
@@ -118,6 +123,8 @@ def check_layers(owner: str, name: str, layers: object) -> tuple[int, ...]:
     several = (layers,) if isinstance(layers, int) and not isinstance(layers, bool) else layers
     if not isinstance(several, list | tuple) or not several:
         raise ValueError(f"{owner}({name}={layers!r}): a tuple of block numbers is needed, e.g. {name}=(3, 6, 9)")
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in several) or list(several) != sorted(set(several)):
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in several) or list(several) != sorted(
+        set(several)
+    ):
         raise ValueError(f"{owner}({name}={layers!r}): block numbers must be distinct, ascending and not negative")
     return tuple(several)

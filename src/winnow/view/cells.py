@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
-from winnow.measure.record import Accuracy, Latency, Paired, Row
+from winnow.measure.record import Latency, Paired, Row, Top1
 
 NONE = "–"
 
@@ -100,12 +101,12 @@ def gmac(row: Row) -> float | None:
     return None if row.macs is None else row.macs.counted / 1e9
 
 
-def top1(row: Row) -> Accuracy | None:
+def top1(row: Row) -> Top1 | None:
     """The row's top-1 where it means something: not with random weights, nor where only agreement was measured."""
     right = row.accuracy
     if right is None or right.value is None or math.isnan(right.value):
         return None
-    return None if row.weights is None and right.agreement is not None else right
+    return None if row.weights is None and right.agreement is not None else cast(Top1, right)
 
 
 def speed(latency: Latency) -> str:

@@ -1,0 +1,66 @@
+"""Equal-cost baselines: random, evenly spread, average pooling and a smaller image, at a method's own MACs.
+
+VTC-Bench and UniPruneBench (2025): nothing is better than doing nothing clever until it is compared with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .adapters import host_of
+from .measure.closed_form import closed_form
+from .methods import Downsample, Grid, Pool, Random
+from .parts.amount import Keep
+from .reducer import Method, Setting
+
+SLACK = 1.02
+"""A baseline may cost at most this times the method."""
+NEAR = 0.97
+"""A baseline already run stands in for another one down to this times the method."""
+
+
+def method_macs(model: nn.Module, method: Method) -> float | None:
+    """MACs per image of an unreduced model if it were reduced with a static method; None where unknown."""
+    host = host_of(model)
+    setting = host.setting
+    counts = torch.tensor([method.schedule(setting)], dtype=torch.float64)
+    reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
+    found = closed_form(host, reducer, counts)
+    return None if found is None else float(found[0])
+
+
+def equal_cost(model: nn.Module, macs: float) -> Iterator[Method]:
+    """Each baseline at the largest setting that costs at most SLACK * macs, where there is one."""
+    host = host_of(model)
+    layers = thirds(host.setting)
+    for family in (Random, Grid, Pool):
+        shares = [share / 200 for share in range(1, 200)]
+        fitting = _last_fitting(model, [family(keep=Keep(share), layers=layers) for share in shares], macs)
+        if fitting is not None:
+            yield fitting
+    patch = host.setting.patch
+    if "input" in host.accepts and patch is not None and host.setting.grid is not None:
+        sizes = [patch[0] * cells for cells in range(1, min(host.setting.grid))]
+        fitting = _last_fitting(model, [Downsample(size) for size in sizes], macs)
+        if fitting is not None:
+            yield fitting
+
+
+def _last_fitting(model: nn.Module, ladder: list[Method], macs: float) -> Method | None:
+    """The dearest of a ladder of ever dearer methods that costs at most SLACK * macs, by bisection."""
+    low, high = 0, len(ladder)
+    while low < high:
+        middle = (low + high) // 2
+        cost = method_macs(model, ladder[middle])
+        if cost is None:
+            return None
+        low, high = (middle + 1, high) if cost <= SLACK * macs else (low, middle)
+    return ladder[low - 1] if low else None
+
+
+def thirds(setting: Setting) -> tuple[int, ...]:
+    """The blocks at a quarter, half and three quarters of the depth: (3, 6, 9) of 12."""
+    return tuple(sorted({setting.depth * part // 4 for part in (1, 2, 3)}))

@@ -1,0 +1,68 @@
+"""Options that several verbs share, and what they load.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from .._parse import parse, parse_way
+from ..models import LoadedModel, load_model
+from ..reducer import Method
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME or open_clip:NAME[/TAG]", show_default=False)]
+Methods = Annotated[list[str], typer.Option("--method", "-m", help="a method as in ToMe(r=8); may be repeated")]
+Weights = Annotated[Path | None, typer.Option(help="weights file: .safetensors, .pth, .pt")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="download the model's own weights")]
+WayOption = Annotated[str, typer.Option("--way", help='auto, static, masked or "Padded(16)"')]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Mean = Annotated[str | None, typer.Option(help="normalisation mean, e.g. 0.5 or 0.48,0.46,0.41")]
+Std = Annotated[str | None, typer.Option(help="normalisation standard deviation")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as torch chooses")]
+Seed = Annotated[int, typer.Option(help="seed of random weights and of nothing else")]
+
+
+def methods_of(texts: list[str] | None) -> list[Method]:
+    """The methods, spelled out on the command line."""
+    return [parse(text) for text in texts or []]
+
+
+def model_of(
+    spec: str, weights: Path | None, pretrained: bool, seed: int = 0, mean: str | None = None, std: str | None = None
+) -> LoadedModel:
+    """The model in evaluation mode."""
+    return load_model(
+        spec, weights=weights, pretrained=pretrained, seed=seed, mean=_numbers("mean", mean), std=_numbers("std", std)
+    )
+
+
+def way_of(text: str):
+    """The way to run."""
+    return parse_way(text)
+
+
+def device_of(name: str, threads: int = 0) -> torch.device:
+    """The device, if it is there; ValueError otherwise."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; cpu always works") from None
+    return torch.device(name)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | float | None:
+    if text is None:
+        return None
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{option} {text}: give one number or one per channel, e.g. 0.5 or 0.48,0.46,0.41") from None
+    return found[0] if len(found) == 1 else found

@@ -1,0 +1,85 @@
+"""winnow compare: the main job; one model, many methods, the same images, one page of what came out.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from ..compare import Comparison
+from ..data import check_labels, open_images
+from ..data.batches import cached
+from ..measure import record
+from ..view import table
+from ..view.sheets import sheets, telling
+from . import _options as o
+from ._progress import Progress
+from .report import write
+
+NAME = "compare"
+
+
+def command(
+    model: o.Model,
+    method: o.Methods,
+    data: Annotated[
+        str, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or photographs")
+    ] = "photographs",
+    split: Annotated[str, typer.Option(help="split or slice of the data, e.g. train[-5000:]")] = "",
+    limit: Annotated[int | None, typer.Option(help="so many images, evenly spaced")] = None,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    out: Annotated[Path, typer.Option(help="folder for the page and the pictures")] = Path("compare"),
+    results: Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")] = Path(
+        "results/compare.jsonl"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="run again what the rows file holds")] = False,
+    batch: Annotated[int, typer.Option(help="batch size of the accuracy runs")] = 25,
+    time: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated; 0 = none")] = None,
+    pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 11,
+    pictures: Annotated[int, typer.Option(help="photographs to show")] = 6,
+    way: o.WayOption = "auto",
+    mean: o.Mean = None,
+    std: o.Std = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    threads: o.Threads = 0,
+    as_json: o.Json = False,
+) -> None:
+    """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on."""
+    methods = o.methods_of(method)
+    where, run_way = o.device_of(device, threads), o.way_of(way)
+    images = open_images(data, split=split, limit=limit)
+    loaded = o.model_of(model, weights, pretrained, seed, mean, std)
+    if loaded.num_classes is None:
+        raise ValueError(f"{model} gives features, not classes: compare needs a classifier")
+    check_labels(images, loaded.num_classes)
+    # with random weights top-1 means nothing: only agreement with the plain model is reported
+    labels = None if images.labels is None or loaded.weights_hash is None else np.array(images.labels)
+
+    with Progress() as progress:
+        comparison = Comparison(
+            model=loaded.model.to(where), name=model, weights=loaded.weights_hash, labels=labels, way=run_way,
+            batches=cached(images, loaded.transform, batch, workers=2, device=where, progress=progress.images),
+            data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash),
+            results=results, sizes=[size for size in time or [batch] if size], pairs=pairs, fresh=fresh,
+            say=progress.say,
+        )  # fmt: skip
+        progress.total = len(images)
+        rows = comparison.run(methods)
+        progress.say("pictures")
+        chosen = telling(rows, len(images), pictures)
+        shown = sheets(comparison.model, images, loaded, methods, chosen, where) if chosen else []
+    made = write(rows, shown, out)
+    if as_json:
+        print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
+        return
+    console = Console()
+    console.print(table(rows))
+    console.print(f"page: {made[0]}   rows: {results}", highlight=False)

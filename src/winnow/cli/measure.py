@@ -1,0 +1,181 @@
+"""winnow measure: multiply-adds, time and memory of a model, plain beside reduced; no data needed.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import winnow
+
+from ..adapters import host_of
+from ..compare import Comparison
+from ..data.batches import Batch
+from ..measure import Profile, fvcore_macs, profile_model, record, verdict
+from ..measure.profile import table as profile_table
+from ..models import LoadedModel
+from ..reducer import Method
+from . import _options as o
+
+NAME = "measure"
+
+
+def command(
+    model: o.Model,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="a method as in ToMe(r=8)")] = None,
+    weights: o.Weights = None,
+    pretrained: o.Pretrained = False,
+    convention: Annotated[str, typer.Option(help="mac, or fvcore to re-read old tables")] = "mac",
+    batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated")] = None,
+    pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 15,
+    profile: Annotated[bool, typer.Option("--profile", help="MACs, time and memory by layer and operator")] = False,
+    way: o.WayOption = "auto",
+    results: Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")] = Path(
+        "results/measure.jsonl"
+    ),
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    threads: o.Threads = 0,
+    as_json: o.Json = False,
+) -> None:
+    """Measure a model on random images: GMACs (counted and closed form), time against the plain model, peak memory."""
+    methods = o.methods_of(method)
+    if convention not in ("mac", "fvcore"):
+        raise ValueError(f"--convention {convention}: mac (every multiply-add) or fvcore (as old tables counted)")
+    where, run_way = o.device_of(device, threads), o.way_of(way)
+    loaded = o.model_of(model, weights, pretrained, seed)
+    net = loaded.model.to(where)
+    for one in methods:
+        winnow.restore(winnow.reduce(net, one, run_way))
+    noise = torch.Generator().manual_seed(seed)
+    images = torch.randn(max(batch or [25]), 3, *loaded.size, generator=noise).to(where)
+    if profile:
+        _profiles(net, methods, run_way, images, as_json)
+        return
+    if convention == "fvcore":
+        _fvcore(net, loaded, methods, run_way, images[:1], as_json)
+        return
+    rows = _rows(net, loaded, methods, run_way, images, batch or [1, 25], pairs, results)
+    if as_json:
+        print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
+    else:
+        Console().print(_table(rows))
+
+
+def _rows(net, loaded: LoadedModel, methods, way, images: Tensor, sizes: Sequence[int], pairs: int, results: Path):
+    """One row per configuration; without data there is no accuracy."""
+    comparison = Comparison(
+        model=net, name=loaded.spec, weights=loaded.weights_hash, batches=[Batch(images, None, list(range(len(images))))],
+        labels=None, data=record.Data(name="random images", n=len(images)), results=results, way=way, sizes=sizes,
+        pairs=pairs, fresh=True, task="measure",
+    )  # fmt: skip
+    rows = []
+    for method in (None, *methods):
+        row, _ = comparison.measure(method)
+        record.append(results, row)
+        rows.append(row)
+    return rows
+
+
+def _table(rows: Sequence[record.Row]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in (
+        "method",
+        "tokens",
+        "GMAC",
+        "GFLOP",
+        "closed form",
+        "peak MiB",
+        "time against plain",
+        "reducer's share",
+    ):
+        table.add_column(head, justify="left" if head in ("method", "time against plain") else "right", overflow="fold")
+    for row in rows:
+        macs = row.macs
+        assert macs is not None
+        times = [f"batch {t.batch}: {t.plain_ms:.0f} -> {t.reduced_ms:.0f} ms, {verdict(t)}" for t in row.latency]
+        shares = [f"{t.reducer_share:.1%}" for t in row.latency if t.reducer_share is not None]
+        table.add_row(
+            row.method or "plain",
+            f"{row.counts[-1]:g}" if row.counts else "",
+            f"{macs.counted / 1e9:.3f}",
+            f"{2 * macs.counted / 1e9:.3f}",
+            "" if macs.closed is None else f"{macs.closed / 1e9:.3f}",
+            "" if row.memory_mib is None else f"{row.memory_mib:.0f}",
+            "\n".join(times),
+            "\n".join(shares),
+        )
+    return table
+
+
+def _fvcore(net, loaded: LoadedModel, methods: Sequence[Method], way, image: Tensor, as_json: bool) -> None:
+    """fvcore's figure beside the true one, and what fvcore leaves out."""
+    from ..measure import count_macs
+
+    found: list[dict[str, Any]] = []
+    for method in (None, *methods):
+        if method is not None:
+            winnow.reduce(net, method, way)
+        theirs, left_out = fvcore_macs(net, image)
+        found.append({"method": repr(method) if method else None, "fvcore": theirs, "macs": count_macs(net, image),
+                      "left_out": left_out})  # fmt: skip
+        if method is not None:
+            winnow.restore(net)
+    if as_json:
+        import json
+
+        print(json.dumps(found))
+        return
+    for one in found:
+        missing = ", ".join(f"{name} ({times}x)" for name, times in sorted(one["left_out"].items()))
+        print(
+            f"{one['method'] or 'plain'}: {one['fvcore'] / 1e9:.3f} GMAC by fvcore, {one['macs'] / 1e9:.3f} GMAC counted in "
+            f"full ({one['fvcore'] / one['macs'] - 1:+.1%})\n  fvcore leaves out: {missing or 'nothing'}"
+        )
+
+
+def _profiles(net, methods: Sequence[Method], way, images: Tensor, as_json: bool) -> None:
+    """Plain beside reduced, by layer and by operator; the bottleneck named."""
+    layers = {f"block {i}": block for i, block in enumerate(host_of(net).blocks)}
+    plain = profile_model(net, images, layers)
+    found = []
+    for method in methods:
+        winnow.reduce(net, method, way)
+        reduced = profile_model(net, images, layers | {"reducer": winnow.reducer_of(net)})
+        winnow.restore(net)
+        found.append((repr(method), reduced))
+    if as_json:
+        import json
+
+        print(
+            json.dumps(
+                [{"method": name, "rows": profile_table(plain, one)} for name, one in found or [("plain", plain)]]
+            )
+        )
+        return
+    for name, one in found or [("plain", plain)]:
+        Console().print(_profile(name, plain, one))
+        print(f"bottleneck of the plain model: {plain.bottleneck}\nbottleneck of {name}: {one.bottleneck}\n")
+
+
+def _profile(name: str, plain: Profile, reduced: Profile) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"plain -> {name}, batch", title_justify="left")
+    for head in ("", "", "GMAC plain", "reduced", "ms plain", "reduced", "MiB plain", "reduced"):
+        table.add_column(head, justify="left" if not head else "right")
+    for row in profile_table(plain, reduced)[:48]:
+        cells = [row["kind"], row["name"]]
+        for quantity, unit in (("macs", 1e9), ("ms", 1), ("mib", 1)):
+            for side in ("plain", "reduced"):
+                value = row[f"{side}_{quantity}"]
+                cells.append("" if value is None else f"{value / unit:.2f}")
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,272 @@
+"""load_model: a timm model or open_clip image tower by name, with its weights and the transform that belongs to it.
+
+Winnow's own; the `timm:NAME`, `open_clip:NAME/TAG` spelling keeps each host's own names.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from torch import Tensor, nn
+
+from winnow._weights import file_hash, fit, read_weights, state_hash
+
+Numbers = float | Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model in evaluation mode and what is needed to feed it and to say which one it was."""
+
+    model: nn.Module
+    spec: str
+    transform: Callable[[Any], Tensor]
+    """PIL RGB image -> [3, H, W] float32, normalised."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_classes: int | None
+    """None where the model gives features."""
+    weights_hash: str | None
+    """First 16 hex digits of the SHA-256 of the weights file, or of the downloaded state dict; None = random."""
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the caller asked for beside the name."""
+
+    weights: Path | None
+    pretrained: bool
+    num_classes: int | None
+    seed: int
+    size: tuple[int, int] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    crop_pct: float | None
+
+
+def load_model(
+    spec: str,
+    *,
+    weights: Path | str | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    crop_pct: float | None = None,
+) -> LoadedModel:
+    """Build `timm:NAME` or the image tower of `open_clip:NAME[/TAG]`, in evaluation mode, on the CPU.
+
+    weights: a .safetensors, .pth, .pt or .bin file; pretrained (or a TAG): the host's own download; neither: random
+    weights drawn from `seed`, the global generator untouched. With weights, a TAG only chooses the preprocessing.
+    size, mean, std, crop_pct replace what the model's own configuration says.
+    ValueError or FileNotFoundError, one line, for an unknown name, a missing package, or weights that do not fit.
+    """
+    if weights is not None and pretrained:
+        raise ValueError("weights and pretrained are two sources: give one of them")
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes={num_classes}: give the number of classes, or 0 for features")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct}: give a share of the resized image in (0, 1]")
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+        raise ValueError(f"size={size}: give pixels, as one number or as (height, width)")
+    file = None if weights is None else Path(weights).expanduser()
+    channels = _channels("mean", mean), _channels("std", std)
+    wish = _Wish(file, pretrained, num_classes, seed, pair, *channels, crop_pct)
+    host, _, name = spec.partition(":")
+    if host == "hf":
+        raise ValueError(
+            f"{spec}: Hugging Face models come in a later version; today: timm:NAME or open_clip:NAME[/TAG]"
+        )
+    if host not in _HOSTS or not name:
+        raise ValueError(
+            f"unknown model {spec!r}: write timm:NAME or open_clip:NAME[/TAG], as in timm:vit_small_patch16_224"
+        )
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"no such weights file: {file}")
+    return _HOSTS[host](spec, name, wish)
+
+
+def _channels(what: str, value: Numbers | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    values = (float(value),) * 3 if isinstance(value, int | float) else tuple(float(v) for v in value)
+    if len(values) != 3 or (what == "std" and min(values) <= 0):
+        raise ValueError(f"{what}={value}: give one number or three{', above 0' if what == 'std' else ''}")
+    return values
+
+
+def _load_timm(spec: str, name: str, wish: _Wish) -> LoadedModel:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f'{spec} needs timm: pip install "winnow-vision[timm]"') from None
+    plain, _, tag = name.partition(".")
+    if not timm.is_model(plain):
+        raise ValueError(_unknown(spec, plain, timm.list_models()))
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
+    if tag and tag not in tags:
+        raise ValueError(f"{spec}: {plain} has no pretrained tag {tag!r} (there are: {', '.join(tags) or 'none'})")
+    settings = {} if wish.num_classes is None else {"num_classes": wish.num_classes}
+    model = _build(spec, wish, lambda: timm.create_model(name, pretrained=wish.pretrained, **settings))
+    hashed = _weigh(spec, model, wish)
+    config = timm.data.resolve_model_data_config(model)
+    if wish.size is not None and wish.size != tuple(config["input_size"][1:]):
+        if hasattr(model, "set_input_size"):
+            _one_line(spec, "cannot take this size", lambda: model.set_input_size(img_size=wish.size))
+        elif model.pretrained_cfg.get("fixed_input_size"):
+            raise ValueError(f"{spec} takes {config['input_size'][1:]} pixels only: leave size out")
+        config["input_size"] = (config["input_size"][0], *wish.size)
+    asked = {"mean": wish.mean, "std": wish.std, "crop_pct": wish.crop_pct}
+    config.update({key: value for key, value in asked.items() if value is not None})
+    return LoadedModel(
+        model=model.eval(),
+        spec=spec,
+        transform=timm.data.create_transform(**config, is_training=False),
+        size=tuple(config["input_size"][1:]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        num_classes=getattr(model, "num_classes", None) or None,
+        weights_hash=hashed,
+    )
+
+
+def _load_open_clip(spec: str, name: str, wish: _Wish) -> LoadedModel:
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError(f'{spec} needs open_clip: pip install "winnow-vision[clip]"') from None
+    plain, _, tag = name.partition("/")
+    if plain not in open_clip.list_models():
+        raise ValueError(_unknown(spec, plain, open_clip.list_models()))
+    if wish.num_classes is not None or wish.crop_pct is not None:
+        raise ValueError(
+            f"{spec} is an image tower: it has no classes and crops nothing; leave num_classes, crop_pct out"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(plain)
+    if (tag and tag not in tags) or (wish.pretrained and not tag):
+        asked = f"no pretrained tag {tag!r}" if tag else "several pretrained tags"
+        raise ValueError(
+            f"{spec}: {plain} has {asked}; write open_clip:{plain}/TAG, TAG one of: {', '.join(tags) or 'none'}"
+        )
+    wish = replace(wish, pretrained=bool(tag) and wish.weights is None)
+    settings: dict[str, Any] = {"force_image_size": wish.size, "load_weights": wish.pretrained}
+    if wish.pretrained:
+        settings |= {"pretrained": tag, "require_pretrained": True}
+    else:  # the text tower is not used: one of a few numbers stands in for it, so that nothing large is drawn
+        settings |= {"text_cfg": {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}}
+    clip = _build(spec, wish, lambda: open_clip.create_model(plain, **settings))
+    # without a tag open_clip assumes CLIP's own mean and std, which is wrong for SigLIP and others
+    chosen = dict(clip.visual.preprocess_cfg) | (
+        {} if wish.pretrained else _agreed(open_clip, plain, [tag] if tag else tags)
+    )
+    mean, std = wish.mean or chosen["mean"], wish.std or chosen["std"]
+    size = chosen["size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    hashed = _weigh(spec, clip.visual, wish, lambda state: _tower(open_clip, state, clip))
+    ways = {key: chosen[key] for key in ("interpolation", "resize_mode", "fill_color")}
+    transform = open_clip.image_transform(size, is_train=False, mean=tuple(mean), std=tuple(std), **ways)
+    return LoadedModel(clip.visual.eval(), spec, transform, size, tuple(mean), tuple(std), None, hashed)
+
+
+_HOSTS: dict[str, Callable[[str, str, _Wish], LoadedModel]] = {"timm": _load_timm, "open_clip": _load_open_clip}
+
+
+def _agreed(open_clip: Any, name: str, tags: Sequence[str]) -> dict[str, Any]:
+    """The preprocessing that all these tags share."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    found = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    shared = {key: {str(one.get(key)): one.get(key) for one in found} for key in keys}
+    return {
+        key: next(iter(values.values()))
+        for key, values in shared.items()
+        if len(values) == 1 and None not in values.values()
+    }
+
+
+def _tower(open_clip: Any, state: dict[str, Tensor], clip: nn.Module) -> dict[str, Tensor]:
+    """The image tower's part of a whole CLIP checkpoint, positions resized; a bare tower is taken as it is."""
+    whole = any(key.startswith("visual.") for key in state)
+    state = dict(state) if whole else {f"visual.{key}": value for key, value in state.items()}
+    open_clip.model.resize_pos_embed(state, clip)
+    return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+
+
+def _weigh(spec: str, model: nn.Module, wish: _Wish, convert: Callable | None = None) -> str | None:
+    """Fill `model` from the wished file, if any; the hash of what is in it now."""
+    if wish.weights is None:
+        return state_hash(model.state_dict()) if wish.pretrained else None
+    state = read_weights(wish.weights)
+    fit(model, convert(state) if convert else state, wish.weights, spec)
+    return file_hash(wish.weights)
+
+
+def _unknown(spec: str, name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=3, cutoff=0.0)
+    host = spec.partition(":")[0]
+    return f"unknown model {spec!r}: {host} has no {name!r}; close names: {', '.join(close)}"
+
+
+def _build(spec: str, wish: _Wish, create: Callable[[], Any]) -> Any:
+    """Run a host's constructor with its own seeded generator, and its failures as one line."""
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.default_generator.manual_seed(wish.seed)  # torch.manual_seed would also seed the accelerators
+        if not wish.pretrained:
+            return _one_line(spec, "cannot be built", create)
+        with _reachable_hub():
+            return _one_line(spec, "cannot be downloaded; offline, --weights FILE works", create)
+
+
+def _one_line(spec: str, what: str, act: Callable[[], Any]) -> Any:
+    try:
+        return act()
+    except Exception as error:  # hosts and hubs raise a zoo of types, most of them meant for a traceback
+        reason = " ".join(str(error).split()).partition(". ")[0][:240]
+        raise ValueError(f"{spec} {what} ({type(error).__name__}: {reason})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hosts log to the root logger, which also gives it a handler: silence them and take that handler away again."""
+    root = logging.getLogger()
+    handlers, disabled = list(root.handlers), root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+
+
+@contextmanager
+def _reachable_hub() -> Iterator[None]:
+    """Where the hub's name does not resolve, use its cache at once instead of retrying for most of a minute."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not getproxies():  # behind a proxy, names need not resolve here
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
