@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint results clean
+.PHONY: setup demo test test-slow lint photos clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
@@ -14,6 +14,20 @@ setup: .venv/ready
 demo: setup  ## the main job on photographs that come with a dependency, random weights
 	$(BIN)/winnow compare timm:vit_tiny_patch16_224 --data photographs --out demo \
 	  --method "ToMe(r=8)" --method "ToMe(r=16)" --method "EViT()" --method "TopK()"
+
+METHODS := $(foreach r,4 8 13 16 20,"ToMe(r=$(r))") \
+  $(foreach k,0.9 0.7 0.5 0.3,"EViT(keep=Keep($(k)))" "TopK(keep=Keep($(k)))" "Random(keep=Keep($(k)))" \
+    "Grid(keep=Keep($(k)))" "Pool(keep=Keep($(k)))") \
+  $(foreach q,0.1 0.2 0.35 0.5,"NormThreshold(Below($(q),of='quantile'),(3,6,9))") \
+  $(foreach s,192 160 144 128,"Downsample($(s))")
+
+photos: setup  ## the README's table: make photos PHOTOS=photos.csv WEIGHTS=model.safetensors
+	$(BIN)/winnow compare timm:vit_tiny_patch16_224 --weights $(WEIGHTS) --data $(PHOTOS) \
+	  --results results/photos.jsonl --out photos --pairs 9 $(foreach m,$(METHODS),--method $(m))
+	$(BIN)/winnow report results/photos.jsonl --out photos/plain
+	cp photos/plain/accuracy-macs.svg results/photos-macs.svg
+	cp photos/plain/accuracy-time.svg results/photos-time.svg
+	$(BIN)/python docs/readme.py
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -19,6 +19,7 @@ from .baselines import NEAR, SLACK, equal_cost
 from .measure import accuracy_of, compare_latency, count_macs, mcnemar, peak_memory, share, unpack
 from .measure import record as rec
 from .measure.closed_form import check_counted, closed_macs, plain_macs
+from .measure.latency import MIN_PAIRS
 from .methods import BASELINES
 from .reducer import Method
 from .tasks.classify import classify
@@ -66,6 +67,8 @@ class Comparison:
 
     def _check(self, methods: Sequence[Method]) -> None:
         """Everything that can be refused is refused before any work is done."""
+        if self.sizes and self.pairs < MIN_PAIRS:
+            raise ValueError(f"pairs={self.pairs}: an interval needs at least {MIN_PAIRS} pairs")
         for method in methods:
             winnow.restore(winnow.reduce(self.model, method, self.way))
 

@@ -1,0 +1,276 @@
+"""The command: what it prints, what it writes, and one-line refusals with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from winnow.cli import main
+from winnow.measure import record
+
+MODEL = "timm:test_vit"  # 160 px, patch 16, width 64, depth 6
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out = capsys.readouterr()
+        return int(stop.value.code or 0), out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A csv of six small labelled pictures."""
+    random = np.random.default_rng(0)
+    lines = ["file,label"]
+    for i in range(6):
+        Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{i}")
+    table = tmp_path / "photos.csv"
+    table.write_text("\n".join(lines))
+    return table
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A weights file of the test model."""
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
+def refused(result, *words):
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert "Traceback" not in err
+    said = [line for line in err.splitlines() if not re.match(r" *\d+ s  ", line)]  # progress apart
+    assert len(said) == 1, err
+    assert said[0].startswith("winnow: ")
+    for word in words:
+        assert word in err, err
+
+
+def test_list(run):
+    code, out, _ = run("list", "--json")
+    assert code == 0
+    assert {"ToMe", "EViT", "Downsample"} <= {one["name"] for one in json.loads(out)}
+    assert run("list")[0] == 0
+
+
+def test_help_names_every_verb(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in ("list", "show", "measure", "compare", "report"))
+
+
+def test_measure(run):
+    code, out, _ = run("measure", MODEL, "-m", "ToMe(r=8)", "--batch", 2, "--pairs", 9, "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["method"] for row in rows] == [None, "ToMe()"]
+    assert rows[1]["macs"]["counted"] < rows[0]["macs"]["counted"]
+    assert rows[1]["counts"] == [100, 92, 84, 76, 68, 60, 52]
+    assert rows[1]["latency"][0]["batch"] == 2
+    assert rows[1]["memory_mib"] > 0
+    assert len(record.read("results/measure.jsonl")) == 2
+    assert run("measure", MODEL, "-m", "ToMe()", "--batch", 1, "--pairs", 9)[0] == 0
+
+
+def test_measure_fvcore_and_profile(run):
+    pytest.importorskip("fvcore")
+    code, out, _ = run("measure", MODEL, "--convention", "fvcore", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["left_out"]
+    code, out, _ = run("measure", MODEL, "--profile", "-m", "ToMe()", "--batch", 2)
+    assert code == 0
+    assert "bottleneck" in out
+    assert "block 0" in out
+
+
+def test_show(run, photos, weights):
+    image = photos.parent / "0.png"
+    for name in ("a.png", "b.svg"):
+        code, out, _ = run("show", image, MODEL, "--weights", weights, "-m", "ToMe(r=8)", "-m", "TopK(layers=(1,3))",
+                           "--out", photos.parent / name, "--verbose")  # fmt: skip
+        assert code == 0
+        assert (photos.parent / name).stat().st_size > 2000
+    assert "ToMe(): tokens 100 92 84 76 68 60 52" in out
+    assert "scores: lowest" in out
+    assert "###" in out
+
+
+def test_compare_resumes_and_keeps_rows(run, photos, weights, tmp_path):
+    words = [
+        "compare",
+        MODEL,
+        "--weights",
+        weights,
+        "--data",
+        photos,
+        "--time",
+        0,
+        "--pictures",
+        1,
+        "--mean",
+        0.5,
+        "--std",
+        0.5,
+    ]
+    code, out, err = run(*words, "-m", "ToMe(r=4)")
+    assert code == 0, err
+    rows = record.read("results/compare.jsonl")
+    kinds = {(row.method or "plain").split("(")[0] for row in rows}
+    assert {"plain", "ToMe", "Random", "Grid", "Pool", "Downsample"} <= kinds
+    tome = next(row for row in rows if row.method == "ToMe(r=4)")
+    assert tome.accuracy.vs_plain.against == "plain"
+    assert tome.accuracy.vs_baseline is not None
+    assert tome.data.n == 6
+    plain = next(row for row in rows if row.method is None)
+    for row in rows:
+        if row.role == "baseline":
+            assert row.macs.counted <= 1.03 * tome.macs.counted
+    assert tome.macs.counted < plain.macs.counted
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert "ToMe(r=4)" in page
+    assert "<svg" in page
+
+    code, out, err = run(*words, "-m", "ToMe(r=4)", "-m", "NormThreshold(before=(2,))", "--json")
+    assert code == 0
+    again = record.read("results/compare.jsonl")
+    assert [row.method for row in again[: len(rows)]] == [row.method for row in rows]  # none was made twice
+    assert sum(row.method == "ToMe(r=4)" for row in again) == 1
+    norm = next(row for row in again if (row.method or "").startswith("NormThreshold"))
+    assert norm.way == "Padded(16)"
+    assert norm.macs.mean <= norm.macs.max
+    assert json.loads(out)
+
+    code, _, _ = run("report", "results/compare.jsonl", "--out", "again")
+    assert code == 0
+    assert "ToMe(r=4)" in (tmp_path / "again" / "report.md").read_text()
+
+
+def test_random_weights_report_agreement_only(run, photos):
+    code, _, _ = run("compare", MODEL, "--data", photos, "--time", 0, "--pictures", 0, "-m", "ToMe(r=4)")
+    assert code == 0
+    rows = record.read("results/compare.jsonl")
+    assert all(row.accuracy.value is None for row in rows)
+    assert next(row for row in rows if row.method == "ToMe(r=4)").accuracy.agreement is not None
+
+
+BAD = {
+    "missing file": (["--data", "nowhere.csv"], ["nowhere.csv"]),
+    "unknown method": (["-m", "Tome()"], ["did you mean ToMe"]),
+    "unknown field": (["-m", "ToMe(q=8)"], ["no field 'q'", "r, inflect"]),
+    "impossible amount": (["-m", "ToMe(r=80)"], ["r <= 50"]),
+    "impossible removal": (["-m", "TopK(keep=Remove(100),layers=(1,))"], ["at most Remove(99)"]),
+    "layer outside": (["-m", "EViT(layers=(9,))"], ["blocks 0 to 5"]),
+    "odd size": (["-m", "Downsample(size=150)"], ["multiple of the patch size"]),
+    "unknown way": (["--way", "quick"], ["Padded(16)"]),
+    "too few pairs": (["--pairs", "3", "--time", "2"], ["9 pairs"]),
+    "no device": (["--device", "cuda:7"], ["cpu always works"]),
+    "bad mean": (["--mean", "half"], ["--mean half"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line(run, photos, weights, what):
+    words, wanted = BAD[what]
+    base = ["compare", MODEL, "--weights", weights, "--time", 0]
+    base += [] if "--data" in words else ["--data", photos]
+    base += [] if "-m" in words else ["-m", "ToMe(r=4)"]
+    refused(run(*base, *words), *wanted)
+
+
+def test_bad_data(run, photos, weights, tmp_path):
+    def compare(data):
+        return run("compare", MODEL, "--weights", weights, "--time", 0, "--data", data, "-m", "ToMe(r=4)")
+
+    (tmp_path / "empty").mkdir()
+    refused(compare(tmp_path / "empty"), "empty")
+    table = tmp_path / "far.csv"
+    table.write_text("file,label\n0.png,5000\n")
+    refused(compare(table), "5000", "1000 classes")
+    table.write_text("picture,label\n0.png,1\n")
+    refused(compare(table), "label")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:900])
+    table.write_text("file,label\n0.png,1\ncut.png,1\n")
+    refused(compare(table), "cut.png")
+    assert not (tmp_path / "results" / "compare.jsonl").exists()
+
+
+def test_bad_models(run, photos, weights, tmp_path):
+    def measure(*words):
+        return run("measure", *words, "-m", "ToMe(r=8)", "--batch", 1, "--pairs", 9)
+
+    refused(measure("timm:swin_tiny_patch4_window7_224"), "SwinTransformer")
+    refused(measure("timm:vit_tini_patch16_224"), "vit_tiny_patch16_224")
+    refused(measure("vit_tiny_patch16_224"), "timm:")
+    refused(measure("timm:vit_tiny_patch16_224", "--weights", weights), "another model")
+    (tmp_path / "broken.safetensors").write_bytes(weights.read_bytes()[:1000])
+    refused(measure(MODEL, "--weights", tmp_path / "broken.safetensors"), "broken.safetensors")
+    refused(measure(MODEL, "--weights", tmp_path / "none.safetensors"), "none.safetensors")
+
+
+def test_show_refuses_bad_pictures(run, photos, weights, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    refused(run("show", tmp_path / "text.png", MODEL, "-m", "ToMe()"), "text.png")
+    refused(run("show", tmp_path / "0.png", MODEL, "-m", "ToMe()", "--out", "show.pdf"), ".png", ".svg")
+
+
+def test_rows_survive_a_failure(run, photos, weights, tmp_path, monkeypatch):
+    """A run that dies in its third configuration keeps the rows before it, and goes on from there."""
+    import winnow.compare as module
+
+    calls, classify = [], module.classify
+
+    def dying(model, batches, watched=True):
+        calls.append(watched)
+        if len(calls) == 3:
+            raise FloatingPointError("the model gives NaN")
+        return classify(model, batches, watched)
+
+    words = ["compare", MODEL, "--weights", weights, "--data", photos, "--time", 0, "--pictures", 0]
+    words += ["-m", "Grid(layers=(1,))", "-m", "Random(layers=(1,))"]
+    monkeypatch.setattr(module, "classify", dying)
+    refused(run(*words), "NaN")
+    assert [row.method for row in record.read("results/compare.jsonl")] == [None, "Grid(layers=(1,))"]
+    monkeypatch.setattr(module, "classify", classify)
+    assert run(*words)[0] == 0
+    rows = record.read("results/compare.jsonl")
+    assert [row.method for row in rows] == [None, "Grid(layers=(1,))", "Random(layers=(1,))"]
+
+
+def test_report_refuses(run, tmp_path):
+    refused(run("report", "nothing.jsonl"), "nothing.jsonl")
+    (tmp_path / "new.jsonl").write_text('{"schema": 99}\n')
+    refused(run("report", "new.jsonl"), "schema 99", "upgrade")
+
+
+def test_nan_model_is_named(run, photos, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    state = timm.create_model("test_vit").state_dict()
+    state["head.bias"] = torch.full_like(state["head.bias"], float("nan"))
+    save_file(state, tmp_path / "nan.safetensors")
+    result = run(
+        "compare", MODEL, "--weights", tmp_path / "nan.safetensors", "--data", photos, "--time", 0, "-m", "ToMe(r=4)"
+    )
+    refused(result, "NaN")
