@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +19,54 @@ from .tokens import Ledger, Tokens
 from .ways import Padded, Way, compact, gather_signal, pad, resolve, spread
 
 
-class BlockView(Protocol):
+class BlockView:
     """How one kind of block is taken apart; borrows the block's own sub-modules, copies no forward."""
+
+    placed: bool = False
+    """Attention depends on where tokens stand (rotary or relative positions): `place` is asked."""
+
+    def call(self, block: Any, forward: Callable[..., Tensor], x: Tensor, *args: Any, **words: Any) -> Tensor:
+        """How the host calls its block: `forward(x, beside)` with what `place` needs; refuses all it cannot obey."""
+        refuse_beside(*args, **words)
+        return forward(x)
 
     def qkv(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """q, k, v [B, H, N, D] and whatever `out` needs besides."""
+        raise NotImplementedError
+
+    def place(self, block: Any, q: Tensor, k: Tensor, at: Tensor | None, beside: Any) -> tuple[Tensor, Tensor, Any]:
+        """q, k and a bias per pair (`Pairs` or None) for patch tokens that stand at patches `at` [B, N] (None: all)."""
+        return q, k, None
 
     def options(self, block: Any) -> dict[str, Any]:
         """Keyword arguments of `attend`: dropout, scale, path."""
+        raise NotImplementedError
 
     def out(self, block: Any, o: Tensor, extra: Any) -> Tensor:
         """What attention adds to the stream, from its output [B, H, N, D]."""
+        raise NotImplementedError
 
     def mlp(self, block: Any, x: Tensor) -> Tensor | None:
         """What the MLP adds to the stream; None where attention and MLP run in parallel and `out` added both."""
+        raise NotImplementedError
+
+    def add(self, block: Any, x: Tensor, y: Tensor, second: bool) -> Tensor:
+        """The stream after attention's part y is added, or (second) the MLP's."""
+        return x + y
 
     def macs(self, block: Any, n_attn: int, n_mlp: int) -> float:
         """MACs of the block: attention on n_attn tokens, MLP on n_mlp (prefix included)."""
+        raise NotImplementedError
+
+
+def refuse_beside(*args: Any, **words: Any) -> None:
+    """ValueError if a reduced block is given more than its tokens."""
+    unknown = [
+        "a tensor" if isinstance(arg, Tensor) else repr(arg) for arg in args if arg is not None and arg is not False
+    ]
+    unknown += [name for name, value in words.items() if value is not None and value is not False]
+    if unknown:
+        raise ValueError(f"a reduced block takes only its tokens; it was also given {', '.join(unknown)[:80]}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +106,8 @@ class Run:
         self.live: dict[int, int] = {}
         """Real tokens after each block, where a static method runs masked or padded."""
         self.grid: tuple[int, int] | None = None
+        self.valid: Tensor | None = None
+        """[B, P] False where the input itself is padding."""
         self.small: tuple[int, int] | None = None
         self.key: Tensor | None = None
         self.way: Way = "static"
@@ -114,7 +148,9 @@ class Watch:
         self._run = Run()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_run"], name)
+        if name == "_run":  # asked while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._run, name)
 
 
 class Seat:
@@ -128,10 +164,13 @@ class Seat:
         self.patched: list[tuple[nn.Module, str]] = []
         self.host = host
 
-    def begin(self, x: Tensor, grid: tuple[int, int] | None) -> None:
-        """A forward starts with input x [B, ...] whose patches form `grid`."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watches": []}  # nobody watches a copy, and no watch ends for it
+
+    def begin(self, x: Tensor, grid: tuple[int, int] | None, valid: Tensor | None = None) -> None:
+        """A forward starts with input x [B, ...] whose patches form `grid`; `valid` [B, P] is False on padding."""
         self.run = run = Run()
-        run.grid = grid
+        run.grid, run.valid = grid, valid
         run.way = resolve(self.way, self.facts, self.reducer.training)
         if "noise" in self.facts.needs:
             run.key = content_key(x)
@@ -146,6 +185,8 @@ class Seat:
             ledger = self.reducer.ledger(x.shape[0], grid, run.small, x.device)
         else:
             ledger = Ledger.start(x.shape[0], n, x.device)
+        if run.valid is not None:
+            ledger = replace(ledger, owner=ledger.owner.masked_fill(~run.valid, -1), valid=run.valid)
         grid = grid if grid and grid[0] * grid[1] == ledger.owner.shape[1] else None
         tokens = Tokens(x[:, :0], ledger, grid)
         run.live[-1] = n
@@ -178,6 +219,13 @@ class Seat:
         self.run.live[after] = self.run.live[after - 1]
         self.run.tokens[after] = tokens
 
+    def places(self, tokens: Tokens) -> Tensor | None:
+        """[B, N] the patch each token stands at, the first of those it holds; None where every patch is a token."""
+        ledger, patches = tokens.ledger, tokens.ledger.owner.shape[1]
+        if self.facts.where == "input" or (ledger.valid is None and ledger.n == patches):
+            return None
+        return ledger.first().clamp_max(patches - 1)
+
     def _lay_out(self, out: Tokens) -> Tokens:
         way = self.run.way
         if self.facts.static:
@@ -196,16 +244,16 @@ class Seat:
             found["noise"] = self._noise(layer, tokens.n)
         if qkv is not None and needs - {"noise"}:
             q, k, v, bias = qkv
-            scale = options.get("scale")
+            scale, pairs = options.get("scale"), options.get("pairs")
             pick = lambda t, dim: gather_signal(t, valid, tokens.n, dim)  # noqa: E731
             if "keys" in needs:
                 found["k"] = pick(k[:, :, prefix:], 2)
             if "values" in needs:
                 found["v"] = pick(v[:, :, prefix:], 2)
             if "cls_attention" in needs:
-                found["cls_row"] = pick(rows(q[:, :, :1], k, bias, scale)[:, :, 0, prefix:], 2)
+                found["cls_row"] = pick(rows(q[:, :, :1], k, bias, scale, pairs)[:, :, 0, prefix:], 2)
             if "received" in needs:
-                found["received"] = pick(received(q, k, bias, scale)[:, prefix:], 1)
+                found["received"] = pick(received(q, k, bias, scale, pairs)[:, prefix:], 1)
         return Signals(**found)
 
     def _noise(self, layer: int, n: int) -> Tensor:
@@ -228,12 +276,13 @@ class Slot:
 
 
 def block_forward(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Tensor:
+    """A block of the host as the host calls it: the view takes the arguments apart, `_block` does the work."""
+    assert slot.view is not None
+    return slot.view.call(slot.module, partial(_block, slot), x, *args, **words)
+
+
+def _block(slot: Slot, x: Tensor, beside: Any = None) -> Tensor:
     """The one block forward: ledger of layer-1, qkv, attention with sizes and padding, reducer, MLP, ledger of layer."""
-    unknown = [repr(arg) for arg in args if arg is not None] + [
-        k for k, v in words.items() if v is not None and v is not False
-    ]
-    if unknown:
-        raise ValueError(f"a reduced block takes only its tokens; it was also given {', '.join(unknown)[:80]}")
     seat, layer, block, view = slot.seat, slot.index, slot.module, slot.view
     assert view is not None
     x, tokens = seat.enter(x) if layer == 0 else (x, seat.run.tokens[layer - 1])
@@ -241,14 +290,16 @@ def block_forward(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Tensor:
     q, k, v, extra = view.qkv(block, x)
     bias = log_sizes(tokens.ledger, seat.setting.prefix, seat.facts.sizes)
     options = view.options(block)
-    x = x + view.out(block, attend(q, k, v, bias, **options), extra)
+    if view.placed:
+        q, k, options["pairs"] = view.place(block, q, k, seat.places(tokens), beside)
+    x = view.add(block, x, view.out(block, attend(q, k, v, bias, **options), extra), False)
 
     where = seat.facts.where
     if where == "block" and layer in seat.sites:
         x, tokens = seat.act(x, tokens, layer, layer, (q, k, v, bias), options)
-    del q, k, v, extra  # or they would stay in memory through the MLP, which is where a block peaks
+    del q, k, v, extra, options  # or they would stay in memory through the MLP, which is where a block peaks
     added = view.mlp(block, x)
-    x = x if added is None else x + added
+    x = x if added is None else view.add(block, x, added, True)
     if where == "between" and layer + 1 in seat.sites:
         x, tokens = seat.act(x, tokens, layer + 1, layer)
     elif not (where == "block" and layer in seat.sites):

@@ -5,9 +5,14 @@ Proportional attention is ToMe's (Bolya et al., 2023): a token of size s counts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .tokens import Ledger
 
@@ -19,11 +24,19 @@ def log_sizes(ledger: Ledger, prefix: int, sizes: bool) -> Tensor | None:
     """[B, K+N] float32 added to every logit of a key: log-size (0 if sizes do not count), -inf on padding; None if all 0."""
     if ledger.valid is None and (not sizes or ledger.n == ledger.owner.shape[1]):
         return None
-    size = ledger.size() if sizes or ledger.valid is None else ledger.valid
-    if ledger.valid is not None:
-        size = size * ledger.valid
-    bias = size.float().log()
-    return F.pad(bias, (prefix, 0))
+    size = ledger.size() if sizes else ledger.valid
+    assert size is not None
+    return F.pad(size.float().log(), (prefix, 0))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A bias per pair of tokens (relative positions), made a few query rows at a time."""
+
+    rows: Callable[[int, int], Tensor]
+    """[1 or B, H, stop-start, N] added to the logits of queries start..stop."""
+    shared: bool
+    """One bias for all images: it is as large as the host's own and is made at once."""
 
 
 def attend(
@@ -35,12 +48,15 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
     path: str = "auto",
+    pairs: Pairs | None = None,
 ) -> Tensor:
-    """[B, H, N, D] attention of q, k, v [B, H, N, D] with `bias` [B, N] on the keys.
+    """[B, H, N, D] attention of q, k, v [B, H, N, D] with `bias` [B, N] on the keys and `pairs` on pairs of tokens.
 
     path: "mask" is the reference, "channel" carries the log-sizes in one more channel of q and k so that kernels
     without masks stay usable (no -inf then), "math" holds the whole matrix, "auto" chooses.
     """
+    if pairs is not None:
+        return _paired(q, k, v, bias, pairs, scale, dropout, path)
     if path == "math":
         return _math(q, k, v, bias, scale, dropout)
     if bias is None:  # the host's own call
@@ -63,24 +79,68 @@ def _channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float | None,
     return F.scaled_dot_product_attention(q, k, wide, dropout_p=dropout, scale=scale)[..., : v.shape[-1]]
 
 
+def _paired(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pairs: Pairs, scale: float | None, dropout: float, path: str
+) -> Tensor:
+    n = q.shape[2]
+    some = partial(_some_queries, bias=bias, pairs=pairs, scale=scale, dropout=dropout, path=path)
+    if pairs.shared and bias is None:
+        return some(q, k, v, 0)
+    chunks = [(q[:, :, start : start + CHUNK], start) for start in range(0, n, CHUNK)]
+    if torch.is_grad_enabled():  # or every chunk's bias would be kept for the backward pass
+        return torch.cat([checkpoint(some, part, k, v, start, use_reentrant=False) for part, start in chunks], 2)
+    return torch.cat([some(part, k, v, start) for part, start in chunks], 2)
+
+
+def _some_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    *,
+    bias: Tensor | None,
+    pairs: Pairs,
+    scale: float | None,
+    dropout: float,
+    path: str,
+) -> Tensor:
+    mask = pairs.rows(start, start + q.shape[2])
+    if bias is not None:
+        mask = mask + bias.to(mask.dtype)[:, None, None]
+    if path == "math":
+        return _math(q, k, v, mask, scale, dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout, scale=scale)
+
+
 def _math(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout: float) -> Tensor:
     logits = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
     if bias is not None:
-        logits = logits + bias.to(q.dtype)[:, None, None]
+        logits = logits + (bias if bias.ndim == 4 else bias[:, None, None]).to(q.dtype)
     return F.dropout(logits.softmax(-1), dropout, training=dropout > 0) @ v
 
 
-def rows(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
-    """[B, H, Q, N] softmax rows, in float32, of a few queries q [B, H, Q, D] over all keys k [B, H, N, D]."""
+def rows(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float | None = None,
+    pairs: Pairs | None = None,
+    start: int = 0,
+) -> Tensor:
+    """[B, H, Q, N] softmax rows, in float32, of the queries q [B, H, Q, D] from place `start` on, over all keys k."""
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)).float()
+    if pairs is not None:
+        logits = logits + pairs.rows(start, start + q.shape[2])
     return (logits if bias is None else logits + bias[:, None, None]).softmax(-1)
 
 
-def received(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
+def received(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None = None, pairs: Pairs | None = None
+) -> Tensor:
     """[B, N] attention each key receives, mean over heads and real queries; N*N*D MACs per head, chunked over queries."""
     real = torch.ones_like(k[:, 0, :, 0], dtype=torch.float32) if bias is None else (bias > float("-inf")).float()
     out = k.new_zeros(k.shape[0], k.shape[2], dtype=torch.float32)
     for start in range(0, q.shape[2], CHUNK):
-        some = rows(q[:, :, start : start + CHUNK], k, bias, scale).mean(1)
+        some = rows(q[:, :, start : start + CHUNK], k, bias, scale, pairs, start).mean(1)
         out = out + (some * real[:, start : start + CHUNK, None]).sum(1)
     return out / real.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How timm's transformer blocks are taken apart: pre-norm, post-norm, parallel, and differential attention.
+"""How timm's transformer blocks are taken apart: pre-norm, post-norm and parallel.
 
 timm 1.0, vision_transformer.py and layers/attention.py; sub-modules are borrowed in the order its forwards call them.
 """
@@ -42,7 +42,7 @@ class SelfAttention:
         return linear_macs(attn) * n + 2 * attn.attn_dim * n * n
 
 
-class PreNorm:
+class PreNorm(BlockView):
     """timm's Block: x + ls1(attn(norm1 x)), x + ls2(mlp(norm2 x))."""
 
     attention = SelfAttention()
@@ -76,7 +76,7 @@ class PostNorm(PreNorm):
         return block.drop_path2(block.norm2(block.mlp(x)))
 
 
-class ParallelScaling:
+class ParallelScaling(BlockView):
     """timm's ParallelScalingBlock: attention and MLP side by side, so a reduction shows from the next block on."""
 
     def qkv(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -106,7 +106,7 @@ class ParallelScaling:
         return linear_macs(block) * n_attn + 2 * block.num_heads * block.head_dim * n_attn * n_attn
 
 
-class ParallelThings:
+class ParallelThings(BlockView):
     """timm's ParallelThingsBlock: several attentions side by side (run as more heads), then several MLPs."""
 
     attention = SelfAttention()

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from .._run import Host, Patch, Slot
 from ..attention import log_sizes
 from ..reducer import Setting
-from ..tokens import Ledger
-from . import timm_blocks
+from . import pooling, timm_blocks
 
 OWN = ("forward", "forward_features", "pool", "forward_intermediates")
 
@@ -53,22 +52,22 @@ def host(model: Any) -> Host:
             prefix=model.num_prefix_tokens,
             cls=model.has_class_token,
             grid=embed.grid_size,
-            patch=_patch_size(embed),
+            patch=patch_size(embed),
         ),
         blocks=tuple(model.blocks),
         views=tuple(timm_blocks.view(block) for block in model.blocks),
         patches=(
-            Patch(embed, "forward", _enter),
+            Patch(embed, "forward", enter),
             Patch(model, "pool", _pool),
-            Patch(model, "_pos_embed", _pos_embed),
-            Patch(model, "forward_intermediates", _intermediates),
+            Patch(model, "_pos_embed", pos_embed),
+            Patch(model, "forward_intermediates", intermediates),
         ),
         accepts=frozenset({"block", "between", "input"} if plain else {"block", "between"}),
-        outside_macs=partial(_outside_macs, model) if plain else None,
+        outside_macs=partial(outside_macs, model) if plain else None,
     )
 
 
-def _patch_size(embed: Any) -> tuple[int, int] | None:
+def patch_size(embed: Any) -> tuple[int, int] | None:
     """Pixels per token; of a hybrid embedding, its convolutions included."""
     if embed.grid_size is None or embed.img_size is None:
         return None
@@ -85,7 +84,7 @@ class _Flexible:
         return getattr(self.__dict__["_module"], name)
 
 
-def _enter(slot: Slot, x: Tensor) -> Tensor:
+def enter(slot: Slot, x: Tensor) -> Tensor:
     seat, embed = slot.seat, slot.module
     seat.begin(x, tuple(embed.dynamic_feat_size(x.shape[-2:])))  # type: ignore[operator]
     if seat.facts.where == "input":
@@ -98,80 +97,71 @@ def _enter(slot: Slot, x: Tensor) -> Tensor:
     return type(embed).forward(embed, x)
 
 
-def _pos_embed(slot: Slot, x: Tensor) -> Tensor:
+def pos_embed(slot: Slot, x: Tensor) -> Tensor:
     model: Any = slot.module
     if slot.seat.facts.where == "input":
         return type(model)._pos_embed(_Flexible(model, dynamic_img_size=True), x)
     return type(model)._pos_embed(model, x)
 
 
-def _final(slot: Slot, x: Tensor) -> Ledger:
-    ledger = slot.seat.run.ledger
-    if x.shape[1] - slot.seat.setting.prefix != ledger.n:
-        raise ValueError(
-            f"the head was given {x.shape[1]} tokens, the last forward left {ledger.n}: pool its own features"
-        )
-    return ledger
-
-
 def _pool(slot: Slot, x: Tensor, pool_type: str | None = None) -> Tensor:
+    model: Any = slot.module
+    return pool(slot, x, pool_type, model.pool_include_prefix)
+
+
+def pool(slot: Slot, x: Tensor, pool_type: str | None, include_prefix: bool) -> Tensor:
     """timm's pooling with padding left out and, for mean-merging methods, means weighted by size."""
     model: Any = slot.module
-    ledger, facts, prefix = _final(slot, x), slot.seat.facts, slot.seat.setting.prefix
+    ledger, facts, prefix = pooling.final(slot, x), slot.seat.facts, slot.seat.setting.prefix
     kind = "map" if model.attn_pool is not None else model.global_pool if pool_type is None else pool_type
     bias = log_sizes(ledger, prefix, facts.sizes if kind == "map" else facts.combine == "mean")
     if bias is None or kind in ("token", ""):
         return type(model).pool(model, x, pool_type)
-    if not model.pool_include_prefix:
+    if not include_prefix:
         x, bias = x[:, prefix:], bias[:, prefix:]
     if kind == "map":
         return model.attn_pool(x, attn_mask=bias.to(x.dtype)[:, None, None])
     hidden = x.masked_fill(bias.isinf().unsqueeze(-1), float("-inf"))
-    mean = (bias.softmax(1).unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+    mean = pooling.mean(x, bias)
     if kind == "avg":
         return mean
     most = global_pool_nlc(hidden, "max", 0)
     return most if kind == "max" else 0.5 * (most + mean)
 
 
-def _intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **words: Any) -> Any:
+def intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **words: Any) -> Any:
     """timm's forward_intermediates, every map spread back on the patch grid (0 where a patch was dropped)."""
     import inspect
 
     from timm.models._features import feature_take_indices
 
     model: Any = slot.module
-    full = inspect.signature(VisionTransformer.forward_intermediates).bind(model, x, indices, *args, **words)
+    forward = type(model).forward_intermediates
+    full = inspect.signature(forward).bind(model, x, indices, *args, **words)
     full.apply_defaults()
-    wanted = full.arguments["output_fmt"]
+    nchw = full.arguments["output_fmt"] == "NCHW"
     full.arguments["output_fmt"] = "NLC"
-    out = VisionTransformer.forward_intermediates(*full.args, **full.kwargs)
+    out = forward(*full.args, **full.kwargs)
     layers, _ = feature_take_indices(len(model.blocks), indices)
-    run = slot.seat.run
-
-    def dense(tokens: Tensor, layer: int) -> Tensor:
-        ledger = run.tokens[layer].ledger
-        spread = ledger.dense(tokens)
-        if wanted == "NCHW":
-            assert run.grid is not None
-            spread = spread.transpose(1, 2).unflatten(2, run.grid).contiguous()
-        return spread
 
     def each(found: list) -> list:
-        pairs = zip(found, sorted(layers))
-        return [(dense(f[0], i), f[1]) if isinstance(f, tuple) else dense(f, i) for f, i in pairs]
+        if found and isinstance(found[0], tuple):
+            maps = pooling.spread_maps(slot, [one[0] for one in found], layers, nchw)
+            return [(one, beside[1]) for one, beside in zip(maps, found)]
+        return pooling.spread_maps(slot, found, layers, nchw)
 
     if isinstance(out, dict):
         return {**out, "image_intermediates": each(out["image_intermediates"])}
     return each(out) if isinstance(out, list) else (out[0], each(out[1]))
 
 
-def _outside_macs(model: Any, patches: Tensor, n: Tensor) -> Tensor:
+def outside_macs(model: Any, patches: Tensor, n: Tensor, include_prefix: bool | None = None) -> Tensor:
     """Patch embedding, attention pooling and classifier of one image."""
     macs = model.patch_embed.proj.weight.numel() * patches
-    pool = model.attn_pool
+    pool = getattr(model, "attn_pool", None)
     if pool is not None:
-        keys = n if model.pool_include_prefix else n - model.num_prefix_tokens
+        include = model.pool_include_prefix if include_prefix is None else include_prefix
+        keys = n if include else n - model.num_prefix_tokens
         macs = macs + pool.kv.weight.numel() * keys + 2 * keys * pool.latent_len * pool.kv.in_features
         macs = macs + pool.latent_len * sum(
             timm_blocks.linear_macs(part) for part in (pool.q, pool.proj, pool.mlp) if part

@@ -37,6 +37,11 @@ def check_method(method: Method, *, all: bool = False, only: str | None = None) 
         raise TypeError(f"check_method() needs a method such as ToMe(r=8), got {method!r}")
     if only is not None and only not in CHECKS:
         raise ValueError(f"no check {only!r}; checks: {', '.join(CHECKS)}")
+    unknown = sorted(set(getattr(method, "known_failures", {})) - set(CHECKS))
+    if unknown:
+        raise ValueError(
+            f"{method}: known_failures names {unknown[0]!r}, which is no check; checks: {', '.join(CHECKS)}"
+        )
     results = []
     for name in [only] if only else CHECKS:
         result = _run(CHECKS[name], name, method)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import winnow
 
-from ..reducer import Method, Reducer, Signals
+from ..reducer import Method, Reducer, Setting, Signals
 from ..tokens import Ledger, Tokens
 
 WIDTH, HEADS, GRID, PATCH = 32, 2, (8, 8), 8
@@ -28,9 +28,19 @@ class Case:
     def __init__(self, method: Method) -> None:
         self.method, self.facts = method, method.facts
         sites = method.sites(2)
-        self.depth = max(3, max(sites, default=0) + 2)
+        depth = max(3, max(sites, default=0) + 2)
+        # deep enough for one amount per block, and large enough for an image side in pixels
+        rooms = [(depth + more, patch) for patch in (PATCH, 4 * PATCH) for more in range(64)]
+        self.depth, self.patch = next((room for room in rooms if self._allowed(*room)), rooms[0])
         self.layer = sites[0] if sites else 0
         self.generator = torch.Generator().manual_seed(0)
+
+    def _allowed(self, depth: int, patch: int) -> bool:
+        try:
+            self.method.check(Setting(depth, WIDTH, HEADS, 1, True, GRID, (patch, patch)))
+        except ValueError:
+            return False
+        return True
 
     def rand(self, *shape: int) -> Tensor:
         """Standard normal numbers from the case's own generator."""
@@ -76,8 +86,8 @@ class Case:
         except ImportError:
             raise ImportError('the contract runs on timm models: pip install "winnow-vision[timm]"') from None
         words: dict[str, Any] = {
-            "img_size": GRID[0] * PATCH,
-            "patch_size": PATCH,
+            "img_size": GRID[0] * self.patch,
+            "patch_size": self.patch,
             "embed_dim": WIDTH,
             "depth": self.depth,
             "num_heads": HEADS,
@@ -105,7 +115,7 @@ class Case:
 
     def images(self, b: int = 3) -> Tensor:
         """b images of very different contrast."""
-        return self.rand(b, 3, GRID[0] * PATCH, GRID[1] * PATCH) * torch.tensor([0.3, 1.0, 3.0])[
+        return self.rand(b, 3, GRID[0] * self.patch, GRID[1] * self.patch) * torch.tensor([0.3, 1.0, 3.0])[
             torch.arange(b) % 3
         ].view(b, 1, 1, 1)
 

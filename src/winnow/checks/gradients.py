@@ -70,10 +70,16 @@ def copies_after_training(case: Case) -> None:
     twin = copy.deepcopy(model).eval()
     model.eval()
     with torch.no_grad():
-        assert torch.equal(model(images), twin(images)), "the copy gives another output"
+        output = model(images)
+        assert torch.equal(output, twin(images)), "the copy gives another output"
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert torch.equal(output, twin(images)), "the copy follows the weights of the original"
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
         winnow.restore(twin)
-        winnow.reducer_of(model)
         assert not hasattr(twin, "reducer"), "restoring the copy left its reducer"
+        assert torch.equal(output, model(images)), "restoring the copy changed the original"
 
 
 CHECKS = (

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from .case import WIDTH, Case, close
+from .case import WIDTH, Case, Skip, close
 
 
 def features_are_kept_or_averaged(case: Case) -> None:
     """Each token equals its first patch's token ("none") or the mean of its patches ("mean"), over two steps."""
     if case.facts.combine == "other":
-        return
+        raise Skip('combines tokens in a way of its own ("other")')
     reducer, fresh = case.reducer(), case.tokens()
     tokens = fresh
     for _ in range(2):

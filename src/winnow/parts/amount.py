@@ -36,7 +36,7 @@ class Keep(Spelled):
     def count(self, n: int, patches: int | None = None) -> int:
         """Tokens left of n, between 1 and n."""
         base = n if self.of == "site" or patches is None else patches
-        return max(1, min(n, math.ceil(self.share * base - 1e-9)))  # 0.1 * 30 is a little over 3
+        return max(1, min(n, math.ceil(self.share * base - 1e-9)))  # 0.07 * 100 is a little over 7
 
     def check(self, n: int) -> None:
         """Any share is possible."""

@@ -49,5 +49,6 @@ def merge(tokens: Tokens, group: Tensor, m: int, **more) -> Tokens:
     move = places(group)
     merged = tokens.moved(tokens.x, move, m, **more)
     # shares are taken before summing, so that half precision never holds a sum over many patches
-    share = tokens.ledger.size() / merged.ledger.size().gather(1, move)
+    precise = torch.promote_types(tokens.x.dtype, torch.float32)
+    share = tokens.ledger.size().to(precise) / merged.ledger.size().gather(1, move)
     return tokens.moved(total(tokens.x, share, move, m), move, m, **more)

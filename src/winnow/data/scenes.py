@@ -1,0 +1,146 @@
+"""Scenes: coloured shapes on a dark texture, drawn from a seed; labels, captions, questions and object masks.
+
+Winnow's own. Every answer is in one small object among eight, so averaging all patches cannot answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .images import Images
+
+SIZE, CELLS = 96, 6
+"""Pixels of a side; objects stand in cells of a 6 x 6 grid."""
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 90, 240),
+    "yellow": (240, 220, 50),
+    "magenta": (220, 60, 210),
+    "cyan": (60, 215, 225),
+    "orange": (245, 140, 30),
+    "white": (245, 245, 245),
+}
+SHAPES = ("triangle", "disc", "ring", "square", "frame", "diamond", "plus", "cross")
+SPLITS = {"train": 0, "val": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what, which colour, where (pixels), how large (pixels)."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image, its objects, and which object each pixel shows."""
+
+    image: np.ndarray
+    """uint8 [96, 96, 3]"""
+    things: tuple[Thing, ...]
+    mask: np.ndarray
+    """uint8 [96, 96]: 0 = background, k = the k-th object, counting from 1."""
+
+    @property
+    def label(self) -> int:
+        """Index of the triangle's colour."""
+        return list(COLOURS).index(next(thing.colour for thing in self.things if thing.shape == SHAPES[0]))
+
+    @property
+    def caption(self) -> str:
+        """All objects, left to right."""
+        ordered = sorted(self.things, key=lambda thing: thing.x)
+        return ", ".join(f"a {thing.colour} {thing.shape}" for thing in ordered)
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """(question, answer) about each object."""
+        return [(f"what colour is the {thing.shape}?", thing.colour) for thing in self.things]
+
+
+def scene(seed: int, i: int, things: int = 8) -> Scene:
+    """Scene i of a seed, whatever else is drawn; ValueError unless 1 <= things <= 12.
+
+    The first eight objects have eight different shapes, the triangle among them; more repeat shapes other than it.
+    """
+    if not 1 <= things <= 12:
+        raise ValueError(f"scene(things={things}): from 1 to 12 objects fit")
+    random = np.random.default_rng([seed, i])
+    coarse = random.uniform(0, 1, (4, 4, 3)).astype(np.float32)
+    texture = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+                        for c in range(3)], -1)  # fmt: skip
+    image = 15 + 55 * texture.clip(0, 1) + random.normal(0, 4, (SIZE, SIZE, 1))
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    shapes = [SHAPES[0], *random.permutation(SHAPES[1:])][:things]
+    shapes += list(random.choice(SHAPES[1:], max(0, things - len(SHAPES))))
+    cells = random.choice(CELLS * CELLS, things, replace=False)
+    step, placed = SIZE / CELLS, []
+    for number, (shape, cell) in enumerate(zip(shapes, cells), 1):
+        row, column = divmod(int(cell), CELLS)
+        x, y = ((place + 0.5) * step + random.uniform(-1, 1) for place in (column, row))
+        thing = Thing(str(shape), str(random.choice(list(COLOURS))), float(x), float(y), float(random.uniform(5, 7)))
+        inside = covers(thing)
+        image[inside] = np.array(COLOURS[thing.colour]) * random.uniform(0.85, 1.0)
+        mask[inside] = number
+        placed.append(thing)
+    return Scene(image.clip(0, 255).astype(np.uint8), tuple(placed), mask)
+
+
+def covers(thing: Thing) -> np.ndarray:
+    """bool [96, 96]: the pixels of an object."""
+    axis = np.arange(SIZE) + 0.5
+    dx, dy = (axis[None, :] - thing.x) / thing.radius, (axis[:, None] - thing.y) / thing.radius
+    ax, ay, distance = np.abs(dx), np.abs(dy), np.hypot(dx, dy)
+    box = np.maximum(ax, ay)
+    if thing.shape == "disc":
+        return distance <= 0.95
+    if thing.shape == "ring":
+        return (distance <= 1.0) & (distance >= 0.55)
+    if thing.shape == "square":
+        return box <= 0.8
+    if thing.shape == "frame":
+        return (box <= 0.9) & (box >= 0.5)
+    if thing.shape == "diamond":
+        return ax + ay <= 1.0
+    if thing.shape == "plus":
+        return (box <= 1.0) & (np.minimum(ax, ay) <= 0.3)
+    if thing.shape == "cross":
+        return (box <= 0.9) & (np.abs(ax - ay) <= 0.36)
+    assert thing.shape == "triangle"
+    return (dy <= 0.8) & (dy >= -1.0) & (ax <= (dy + 1.0) * 0.55)
+
+
+class Scenes(Images):
+    """n scenes as an image data set; the label is the colour of the triangle."""
+
+    def __init__(self, n: int, seed: int = 0, split: str = "test", things: int = 8) -> None:
+        self.seed, self.things, self._split_seed = seed, things, 3 * seed + SPLITS[split]
+        super().__init__(
+            "scenes",
+            [f"scene {i}" for i in range(n)],
+            lambda i: Image.fromarray(self.scene(i).image),
+            lengths=[SIZE * SIZE * 3 + self._split_seed * 16 + things] * n,
+            labels=[self.scene(i).label for i in range(n)],
+            split=split,
+            classes=list(COLOURS),
+        )
+
+    def scene(self, i: int) -> Scene:
+        """Image, objects and mask of scene i."""
+        return scene(self._split_seed, i, self.things)
+
+
+def object_patches(mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """bool [h*w]: patches of which an object covers at least a tenth; mask [H, W] as `Scene.mask`."""
+    h, w = grid
+    cells = (mask > 0).reshape(h, mask.shape[0] // h, w, mask.shape[1] // w)
+    return (cells.mean((1, 3)) >= 0.1).reshape(-1)

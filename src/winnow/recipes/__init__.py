@@ -1,0 +1,1 @@
+"""ONE FILE = ONE EXPERIMENT; its docstring states cost, expected result and command."""
