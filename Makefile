@@ -16,6 +16,7 @@ demo: setup  ## the main job on photographs that come with a dependency, random 
 	  --method "ToMe(r=8)" --method "ToMe(r=16)" --method "EViT()" --method "TopK()"
 
 METHODS := $(foreach r,4 8 13 16 20,"ToMe(r=$(r))") \
+  $(foreach k,0.97 0.95 0.925 0.9,"PiToMe(keep=Keep($(k)))") \
   $(foreach k,0.9 0.7 0.5 0.3,"EViT(keep=Keep($(k)))" "TopK(keep=Keep($(k)))" "Random(keep=Keep($(k)))" \
     "Grid(keep=Keep($(k)))" "Pool(keep=Keep($(k)))") \
   $(foreach q,0.1 0.2 0.35 0.5,"NormThreshold(Below($(q),of='quantile'),(3,6,9))") \

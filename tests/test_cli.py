@@ -274,3 +274,18 @@ def test_nan_model_is_named(run, photos, tmp_path):
         "compare", MODEL, "--weights", tmp_path / "nan.safetensors", "--data", photos, "--time", 0, "-m", "ToMe(r=4)"
     )
     refused(result, "NaN")
+
+
+def test_doctor(run, monkeypatch):
+    code, out, _ = run("doctor", MODEL, "-m", "ToMe(r=8)", "-m", "NormThreshold(before=(2,))", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {result["outcome"] for results in found.values() for result in results} == {"ok"}
+    assert run("doctor", MODEL, "-m", "ToMe()")[0] == 0
+    refused(run("doctor", "timm:swin_tiny_patch4_window7_224", "-m", "ToMe()"), "SwinTransformer", "Works:")
+    refused(run("doctor", MODEL, "-m", "EViT(layers=(9,))"), "blocks 0 to 5")
+    mlp = lambda self, block, x: 0.5 * block.mlp(block.norm2(x))  # noqa: E731
+    monkeypatch.setattr("winnow.adapters.timm_blocks.PreNorm.mlp", mlp)
+    code, out, _ = run("doctor", MODEL, "-m", "ToMe()")
+    assert code == 1
+    assert "failed" in out

@@ -61,6 +61,16 @@ def eva(**more: Any) -> Callable[[], nn.Module]:
     return lambda: Eva(**vit_words() | more)
 
 
+def eva_gated() -> nn.Module:
+    from timm.models.eva import EvaBlock
+
+    model = eva(**ROPE, attn_type="rope")()
+    model.blocks[1] = EvaBlock(
+        WIDTH, HEADS, mlp_ratio=2.0, init_values=1.0, gated_attn=True, scale_attn_inner=True, norm_layer=nn.LayerNorm
+    )
+    return model
+
+
 def beit(**more: Any) -> Callable[[], nn.Module]:
     from timm.models.beit import Beit
 
@@ -143,6 +153,7 @@ FAMILIES = {
         eva(**ROPE, rope_type="mixed", attn_type="rope", class_token=False, global_pool="map"), cls=False
     ),
     "eva-groups": Family(eva(**ROPE, attn_type="rope", num_kv_heads=1, qkv_fused=False, qk_norm=True), exact=True),
+    "eva-gated": Family(eva_gated, exact=True),
     "beit": Family(beit(use_rel_pos_bias=True), exact=True),
     "beit-shared": Family(beit(use_shared_rel_pos_bias=True, use_rel_pos_bias=True, global_pool="token"), exact=True),
     "open_clip": Family(open_clip_model, call="encode_image"),
@@ -190,7 +201,15 @@ FAMILIES = {
 
 
 SAME_TO_A_COMPILER = (
-    *("eva-postnorm", "eva-groups", "beit-shared", "open_clip-parallel", "open_clip-timm", "open_clip-avg"),
+    *(
+        "eva-postnorm",
+        "eva-groups",
+        "eva-gated",
+        "beit-shared",
+        "open_clip-parallel",
+        "open_clip-timm",
+        "open_clip-avg",
+    ),
     *("hf-vit-tokens", "hf-clip-classifier", "hf-siglip-classifier", "hf-dinov2-registers"),
 )
 
@@ -478,6 +497,24 @@ def test_means_weigh_merged_tokens(name, read):
     mean = seen.ledger.dense(seen_by["tokens"][:, seat_of(model).setting.prefix :]).mean(1)
     given = seen_by["pooled"][:, -WIDTH:] if read else out[0]
     close(given, mean if read else mean @ model.proj, 1e-5, "the head's mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("hf-siglip", "head"), ("open_clip-pooler", "attn_pool"), ("eva-mixed", "attn_pool")]
+)
+@torch.no_grad()
+def test_attention_pooling_weighs_merged_tokens(name, path):
+    """A merged token weighs as many keys as patches it holds: pooling it equals pooling its patches."""
+    model, x, seen_by = winnow.reduce(made(name), ToMe(r=4)), images(name), {}
+    head, prefix = model.get_submodule(path), seat_of(model).setting.prefix
+    head.register_forward_hook(lambda _, given, out: seen_by.update(given=given[0], out=out))
+    with winnow.watch(model) as seen:
+        run(model, name, x)
+    tokens, ledger = seen_by["given"], seen.ledger
+    every = torch.cat([tokens[:, :prefix], ledger.dense(tokens[:, prefix:])], 1)
+    out = seen_by["out"]
+    winnow.restore(model)
+    close(out, head(every), 1e-5, "pooled tokens against pooled patches")
 
 
 def test_beit_holds_no_matrix_per_image(monkeypatch):

@@ -120,3 +120,42 @@ def test_random_keeps_what_patchdropout_would(name):
     for ours, theirs in zip(out.x, case["out"][:, 1:]):
         assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
     assert torch.equal(case["out"][:, :1], prefix)
+
+
+@pytest.mark.parametrize("name", ["pitome_n17_ct1_ratio0.75_m0.5_bsm0", "pitome_n16_ct0_ratio0.6_m0.75_bsm1"])
+def test_pitome(name):
+    from winnow import PiToMe
+
+    case = reference("pitome")[name]
+    prefix, early = int(case["class_token"]), case["use_bsm_pitome"]
+    x, keys = case["x"][:, prefix:], case["metric"][:, prefix:]
+    depth, layer = (2, 0) if early else (4, 2)
+    margin = case["margin"] / (1 - layer / depth)
+    reducer = PiToMe(keep=Keep(case["ratio"]), margin=margin).build(depth, 6, 1, x.shape[1], prefix)
+    out = reducer(Tokens(x, Ledger.start(*x.shape[:2])), Signals(k=keys[:, None], watched=True), layer)
+    torch.testing.assert_close(out.score, case["energy"], atol=1e-5, rtol=1e-5)
+    theirs = case["merge_mean"][:, prefix:]
+    for ours, wanted in zip(out.x, theirs):  # the paper emits tokens by energy, we in raster order
+        distance = torch.cdist(ours, wanted)
+        assert distance.amin(0).max() < 1e-5
+        assert distance.amin(1).max() < 1e-5
+
+
+def test_pitome_margins():
+    margins = reference("pitome")["margins_deit12"]
+    assert [0.75 * (1 - layer / 12) for layer in range(12)][: len(margins)] == pytest.approx(list(margins)[:12])
+
+
+@pytest.mark.parametrize("name", ["timm_0.5_False", "timm_0.5_True", "openclip_0.5"])
+def test_patch_dropout(name):
+    from winnow import PatchDropout
+
+    case = reference("patchdropout")[name]
+    x = case["x"][:, 1:]
+    reducer = PatchDropout(rate=case["prob"]).build(1, 4, 1, x.shape[1], 1).train()
+    noise = case["randn"] if name.startswith("openclip") else -case["randn"]
+    out = reducer(Tokens(x, Ledger.start(3, x.shape[1])), Signals(noise=noise), 0)
+    assert out.n == case["num_keep"]
+    for ours, theirs in zip(out.x, case["out"][:, 1:]):
+        assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
+    assert reducer.eval()(Tokens(x, Ledger.start(3, x.shape[1])), Signals(noise=noise), 0).n == x.shape[1]

@@ -491,6 +491,26 @@ def keeps_a_buffer_on_a_block(monkeypatch):
     return twin(TOPK, Broken)
 
 
+@fault("nothing_removed_changes_nothing", "with nothing removed: differs", TOPK)
+def the_adapter_forgets_layer_scale(monkeypatch):
+    """What made the published ToMe wrong on 5 of 18 timm families, with nothing merged."""
+    mlp = lambda self, block, x: block.drop_path2(block.mlp(block.norm2(x)))  # noqa: E731
+    monkeypatch.setattr("winnow.adapters.timm_blocks.PreNorm.mlp", mlp)
+    return TOPK
+
+
+@fault("every_site_is_reached", r"called at \[\], its sites are \[1\]", TOPK)
+def a_block_is_silently_skipped(monkeypatch):
+    """The blocks run, the reducer never does: what made it a no-op on 4 of 18 families."""
+
+    def act(self, x, tokens, layer, after, *more):
+        self.carry(tokens, after)
+        return x, tokens
+
+    monkeypatch.setattr(_run.Seat, "act", act)
+    return TOPK
+
+
 @fault("executed_tokens_are_promised", r"executed \[64, 64, 31.*promised \[64, 64, 32", TOPK)
 def the_reducer_rounds_otherwise(monkeypatch):
     class Broken(TopKReducer):

@@ -70,6 +70,8 @@ class Comparison:
         if self.sizes and self.pairs < MIN_PAIRS:
             raise ValueError(f"pairs={self.pairs}: an interval needs at least {MIN_PAIRS} pairs")
         for method in methods:
+            if method.facts.training_only:
+                raise ValueError(f"{method} acts while training only; at inference it is the plain model")
             winnow.restore(winnow.reduce(self.model, method, self.way))
 
     def _one(self, method: Method | None, timed: bool = True) -> None:

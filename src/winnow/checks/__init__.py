@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
+import winnow
+
 from ..reducer import Method
 from . import batch, compiled, gradients, ledger, model, values
 from .case import Case, Skip
@@ -28,6 +32,26 @@ class Result:
     message: str = ""
 
 
+DOCTOR = (
+    "nothing_removed_changes_nothing",
+    "every_site_is_reached",
+    "prefix_never_reaches_the_reducer",
+    "executed_tokens_are_promised",
+    "ways_agree",
+    "restore_is_exact",
+)
+"""The checks that say something about a model rather than about a method."""
+
+
+def examine(model: nn.Module, method: Method, images: Tensor) -> list[Result]:
+    """Run the checks that concern a model on the user's own, with images [B, 3, H, W]; the model stays as it is.
+
+    TypeError / ValueError where model and method do not fit.
+    """
+    winnow.restore(winnow.reduce(model, method))
+    return [_run(CHECKS[name], name, Case(method, model, images)) for name in DOCTOR]
+
+
 def check_method(method: Method, *, all: bool = False, only: str | None = None) -> list[Result]:
     """Run the contract on a method; AssertionError at the first failure, or, with all=True, a result per check.
 
@@ -44,17 +68,17 @@ def check_method(method: Method, *, all: bool = False, only: str | None = None) 
         )
     results = []
     for name in [only] if only else CHECKS:
-        result = _run(CHECKS[name], name, method)
+        result = _run(CHECKS[name], name, Case(method))
         if result.outcome == "failed" and not all:
             raise AssertionError(f"{method} breaks the contract: {name}: {result.message}")
         results.append(result)
     return results
 
 
-def _run(check: Check, name: str, method: Method) -> Result:
-    known = getattr(method, "known_failures", {}).get(name)
+def _run(check: Check, name: str, case: Case) -> Result:
+    known = getattr(case.method, "known_failures", {}).get(name)
     try:
-        check(Case(method))
+        check(case)
     except Skip as reason:
         return Result(name, "skipped", str(reason))
     except Exception as error:  # a check that crashes has failed

@@ -9,7 +9,7 @@ import torch
 
 import winnow
 
-from .case import WIDTH, Case, close
+from .case import WIDTH, Case, close, output_of
 
 
 def reducer_ignores_batch_mates(case: Case) -> None:
@@ -51,7 +51,7 @@ def ways_agree(case: Case) -> None:
             if way == "static" and not case.facts.static:
                 continue
             with torch.no_grad():
-                outputs[str(way)] = case.model(cls, way)(images)
+                outputs[str(way)] = output_of(case.model(cls, way)(images))
         first = next(iter(outputs))
         for way, output in outputs.items():
             close(output, outputs[first], 2e-5, f"{way} against {first}")

@@ -14,6 +14,7 @@ import winnow
 
 from ..reducer import Method, Reducer, Setting, Signals
 from ..tokens import Ledger, Tokens
+from ..twin import twin
 
 WIDTH, HEADS, GRID, PATCH = 32, 2, (8, 8), 8
 
@@ -23,10 +24,10 @@ class Skip(Exception):
 
 
 class Case:
-    """One method under one check."""
+    """One method under one check, on the contract's own small models or on `model`."""
 
-    def __init__(self, method: Method) -> None:
-        self.method, self.facts = method, method.facts
+    def __init__(self, method: Method, model: nn.Module | None = None, images: Tensor | None = None) -> None:
+        self.method, self.facts, self.given, self.given_images = method, method.facts, model, images
         sites = method.sites(2)
         depth = max(3, max(sites, default=0) + 2)
         # deep enough for one amount per block, and large enough for an image side in pixels
@@ -50,7 +51,7 @@ class Case:
         """A bare reducer in evaluation mode; Skip for methods that act on the image."""
         if self.facts.where == "input":
             raise Skip("acts on the image, not on tokens")
-        reducer = self.method.build(self.depth, WIDTH, HEADS, patches, 1).eval()
+        reducer = self.method.build(self.depth, WIDTH, HEADS, patches, 1).train(self.facts.training_only)
         ready(reducer)
         return reducer
 
@@ -81,6 +82,8 @@ class Case:
 
     def plain(self, cls: bool = True) -> nn.Module:
         """A small timm ViT whose gains are far from 0 and 1: class token and LayerScale, or registers and mean pooling."""
+        if self.given is not None:
+            return twin(self.given)
         try:
             from timm.models.vision_transformer import VisionTransformer
         except ImportError:
@@ -111,16 +114,20 @@ class Case:
             raise Skip("needs a class token")
         model = winnow.reduce(self.plain(cls), self.method, way)
         ready(winnow.reducer_of(model))
-        return model
+        return model.train(self.facts.training_only)
 
     def images(self, b: int = 3) -> Tensor:
         """b images of very different contrast."""
+        if self.given_images is not None:
+            return self.given_images[:b]
         return self.rand(b, 3, GRID[0] * self.patch, GRID[1] * self.patch) * torch.tensor([0.3, 1.0, 3.0])[
             torch.arange(b) % 3
         ].view(b, 1, 1, 1)
 
     def fits(self) -> list[bool]:
         """Which of the two models the method can work on."""
+        if self.given is not None:
+            return [True]
         return [True] if "cls_attention" in self.facts.needs else [True, False]
 
 
@@ -136,3 +143,10 @@ def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     worst = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
     limit = tolerance * max(1.0, float(b.double().abs().max()) if b.numel() else 1.0)
     assert worst <= limit, f"{what}: differs by {worst:.2e}, allowed {limit:.1e}"
+
+
+def output_of(out: Any) -> Tensor:
+    """The first tensor of what a model returns: a tensor, a tuple, a dict or a Hugging Face output."""
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if hasattr(out, "values") else out[0]
+    return out

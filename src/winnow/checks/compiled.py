@@ -47,7 +47,7 @@ def saves_and_loads(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "reducer.safetensors"
         winnow.save(model, path)
-        winnow.load(fresh, path)
+        winnow.load(fresh, path).train(model.training)
     with torch.no_grad():
         assert torch.equal(model(images), fresh(images)), "the loaded reducer gives another output"
 

@@ -12,7 +12,8 @@ import winnow
 from .._reduce import seat_of
 from ..measure import count_macs
 from ..measure.closed_form import check_counted, closed_macs
-from .case import Case, ready
+from ..methods import Random
+from .case import Case, close, output_of, ready
 
 
 def restore_is_exact(case: Case) -> None:
@@ -22,7 +23,7 @@ def restore_is_exact(case: Case) -> None:
         before = {name: set(vars(module)) for name, module in model.named_modules()}
         state = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
-            plain = model(images)
+            plain = output_of(model(images))
             winnow.reduce(model, case.method)
             ready(winnow.reducer_of(model))
             model(images)
@@ -31,12 +32,39 @@ def restore_is_exact(case: Case) -> None:
                 f"reducing adds {sorted(more)[0]} to the state dict"
             )
             winnow.restore(model)
-            assert torch.equal(model(images), plain), "the restored model gives another output"
+            assert torch.equal(output_of(model(images)), plain), "the restored model gives another output"
         after = {name: set(vars(module)) for name, module in model.named_modules()}
         changed = {n for n in before.keys() | after.keys() if before.get(n) != after.get(n)}
         assert not changed, f"something is left behind on {sorted(changed)[0] or 'the model'}"
         same = all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert same and set(model.state_dict()) == set(state), "a weight changed"
+
+
+def nothing_removed_changes_nothing(case: Case) -> None:
+    """With a reducer in place that removes nothing, the output is the plain model's."""
+    for cls in case.fits():
+        model, images = case.plain(cls), case.images()
+        with torch.no_grad():
+            plain = output_of(model(images))
+            winnow.reduce(model, Random(keep=winnow.Keep(1.0), layers=(0,)))
+            close(output_of(model(images)), plain, 1e-5, "with nothing removed")
+
+
+def every_site_is_reached(case: Case) -> None:
+    """One forward calls the reducer once at each of its sites, in order, and passes every block."""
+    for cls in case.fits():
+        model = case.model(cls)
+        calls: list[int] = []
+        reducer, setting = winnow.reducer_of(model), seat_of(model).setting
+        hook = reducer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[-1]))
+        with torch.no_grad(), winnow.watch(model) as run:
+            model(case.images())
+        hook.remove()
+        if case.facts.where != "input":
+            wanted = list(case.method.sites(setting.depth))
+            assert calls == wanted, f"the reducer was called at {calls}, its sites are {wanted}"
+        passed = list(run.ledgers)
+        assert passed == list(range(-1, setting.depth)), f"of {setting.depth} blocks, these were passed: {passed[1:]}"
 
 
 def executed_tokens_are_promised(case: Case) -> None:
@@ -68,7 +96,7 @@ def prefix_never_reaches_the_reducer(case: Case) -> None:
 def macs_equal_the_closed_form(case: Case) -> None:
     """The counter and the closed form agree, reducer included."""
     for cls in case.fits():
-        model, images = case.model(cls), case.images(2)
+        model, images = case.model(cls).eval(), case.images(2)
         counted = count_macs(model, images)
         with torch.no_grad(), winnow.watch(model) as run:
             model(images)
@@ -111,6 +139,8 @@ def unfit_models_are_refused(case: Case) -> None:
 
 CHECKS = (
     restore_is_exact,
+    nothing_removed_changes_nothing,
+    every_site_is_reached,
     executed_tokens_are_promised,
     prefix_never_reaches_the_reducer,
     macs_equal_the_closed_form,

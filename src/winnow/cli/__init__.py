@@ -11,13 +11,13 @@ import sys
 import click
 import typer
 
-from . import compare, list_, measure, report, show
+from . import compare, doctor, list_, measure, report, show
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
 )  # fmt: skip
-for verb in (list_, show, measure, compare, report):
+for verb in (list_, show, doctor, measure, compare, report):
     app.command(name=verb.NAME)(verb.command)
 
 

@@ -10,12 +10,25 @@ from .downsample import Downsample
 from .evit import EViT
 from .grid import Grid
 from .norm_threshold import NormThreshold
+from .patch_dropout import PatchDropout
+from .pitome import PiToMe
 from .pool import Pool
 from .random import Random
 from .tome import ToMe
 from .topk import TopK
 
-METHODS: tuple[type[Method], ...] = (ToMe, EViT, TopK, NormThreshold, Random, Grid, Pool, Downsample)
+METHODS: tuple[type[Method], ...] = (
+    ToMe,
+    PiToMe,
+    EViT,
+    TopK,
+    NormThreshold,
+    PatchDropout,
+    Random,
+    Grid,
+    Pool,
+    Downsample,
+)
 BASELINES = frozenset({Random, Grid, Pool, Downsample})
 
 __all__ = [*(method.__name__ for method in METHODS)]

@@ -45,7 +45,10 @@ class PiToMe(Method):
         return max(self.keep.count(n, patches), n - n // 2)
 
     def check(self, setting: Setting) -> None:
-        if setting.patches and self.keep.count(setting.patches, setting.patches) < setting.patches - setting.patches // 2:
+        if (
+            setting.patches
+            and self.keep.count(setting.patches, setting.patches) < setting.patches - setting.patches // 2
+        ):
             raise ValueError(f"{self} would merge more than half of the tokens in block 0: keep at least Keep(0.5)")
 
     def build(self, depth: int, width: int, heads: int, patches: int | None, prefix: int) -> Reducer:
@@ -71,7 +74,7 @@ class PiToMeReducer(Reducer):
         energy = F.elu(similar - self.method.margin * (1 - layer / self.depth)).mean(-1)
         dense = energy.argsort(dim=1, descending=True)
         early = layer < (self.depth + 1) // 2
-        left, right = (dense[:, :: 2], dense[:, 1::2]) if early else (dense[:, : 2 * r : 2], dense[:, 1 : 2 * r : 2])
+        left, right = (dense[:, ::2], dense[:, 1::2]) if early else (dense[:, : 2 * r : 2], dense[:, 1 : 2 * r : 2])
         best, partner = _between(similar, left, right).max(dim=-1)
         chosen = best.argsort(dim=1, descending=True)[:, :r]  # late, there are just r of them
         source, target = left.gather(1, chosen), right.gather(1, partner.gather(1, chosen))

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from ..data.scenes import COLOURS, SHAPES, scene
 
-ARCHITECTURE = {"img_size": 96, "patch_size": 8, "embed_dim": 96, "depth": 12, "num_heads": 3, "num_classes": len(COLOURS)}
+ARCHITECTURE = {
+    "img_size": 96,
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 12,
+    "num_heads": 3,
+    "num_classes": len(COLOURS),
+}
 MEAN = STD = 0.5
 
 
