@@ -778,3 +778,14 @@ def test_named_blocks_refuse_masks():
     model = winnow.reduce(Host().eval(), Grid(keep=Exactly(3), layers=(0,)), blocks="layers")
     with pytest.raises(ValueError, match="one entry per token"):
         model(torch.randn(2, 6, 8))
+
+
+def test_a_run_keeps_no_features_alive():
+    """Ledgers outlive the forward; a view of the stream in them would hold every layer's features (72 MiB for ViT-Ti)."""
+    from timm import create_model
+
+    model = create_model("test_vit").eval()
+    for method in (ToMe(r=4), winnow.NormThreshold(before=(0, 2)), winnow.Downsample(size=96)):
+        with winnow.reduced(model, method), winnow.watch(model) as run, torch.no_grad():
+            model(torch.randn(2, 3, 160, 160))
+        assert all(tokens.x.untyped_storage().nbytes() == 0 for tokens in run.tokens.values())

@@ -188,7 +188,7 @@ class Seat:
         if run.valid is not None:
             ledger = replace(ledger, owner=ledger.owner.masked_fill(~run.valid, -1), valid=run.valid)
         grid = grid if grid and grid[0] * grid[1] == ledger.owner.shape[1] else None
-        tokens = Tokens(x[:, :0], ledger, grid)
+        tokens = Tokens(x.new_empty(0), ledger, grid)
         run.live[-1] = n
         if self.facts.where == "between" and 0 in self.sites:
             return self.act(x, tokens, layer=0, after=-1)
@@ -263,7 +263,7 @@ class Seat:
         return uniform(key, layer + 64 * salt, n)
 
     def _store(self, tokens: Tokens, after: int) -> Tokens:
-        kept = replace(tokens, x=tokens.x[:0, :0], score=None)
+        kept = replace(tokens, x=tokens.x.new_empty(0), score=None)  # a view would keep all features alive
         self.run.tokens[after] = kept
         return kept
 

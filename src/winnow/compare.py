@@ -20,9 +20,10 @@ from .measure import accuracy_of, compare_latency, count_macs, mcnemar, peak_mem
 from .measure import record as rec
 from .measure.closed_form import check_counted, closed_macs, plain_macs
 from .measure.latency import MIN_PAIRS
+from .measure.objects import objects_of
 from .methods import BASELINES
 from .reducer import Method
-from .tasks.classify import classify
+from .tasks.classify import Answers, classify
 from .twin import twin
 from .ways import Way, resolve
 
@@ -46,6 +47,8 @@ class Comparison:
     pairs: int = 11
     calibration: int = 4
     """Batches that quantile limits are calibrated on."""
+    objects: Callable[[tuple[int, int]], np.ndarray] | None = None
+    """For a grid, the object of each patch of each image [n, P], 0 for none."""
     fresh: bool = False
     """Run again what the results file already holds."""
     say: Progress = lambda words: None
@@ -57,7 +60,8 @@ class Comparison:
         """Plain, then each method after its equal-cost baselines; rows already in the results file are not made again."""
         self._check(methods)
         self._one(None, timed=False)
-        for method in methods:
+        baselines = [method for method in methods if type(method) in BASELINES]
+        for method in [*baselines, *(method for method in methods if method not in baselines)]:
             row, fresh = self.measure(method)
             if type(method) not in BASELINES and row.macs is not None:
                 for baseline in self._rivals(row.macs.mean or row.macs.counted):
@@ -139,8 +143,9 @@ class Comparison:
             counts=counts,
             accuracy=accuracy,
             macs=macs,
+            objects=self._objects(answers),
             latency=[self._latency(method, size) for size in self.sizes] if timed else [],
-            memory_mib=self._memory(images),
+            memory_mib=self._memory(images) if timed or method is None else None,
             device=str(images.device),
             dtype=str(images.dtype).removeprefix("torch."),
             environment=rec.environment(),
@@ -148,6 +153,11 @@ class Comparison:
             command=rec.command(),
             time=rec.now(),
         )
+
+    def _objects(self, answers: Answers) -> rec.Objects | None:
+        if self.objects is None or answers.grid is None:
+            return None
+        return objects_of(answers.owners, self.objects(answers.grid))
 
     def _way(self, method: Method | None) -> str:
         return "static" if method is None else str(resolve(self.way, method.facts, training=False))
@@ -211,7 +221,11 @@ class Comparison:
 
 
 def paired(rows: Sequence[rec.Row]) -> list[rec.Row]:
-    """Each row with its paired tests: against the plain model, and against the most accurate baseline of equal cost."""
+    """Each row with its paired tests: against the plain model, and against the most accurate baseline of equal cost.
+
+    Of several rows of one method the newest stands, in the place of the first.
+    """
+    rows = list({row.method: row for row in rows}.values())
     plain = next((row for row in rows if row.role == "plain"), None)
     baselines = [row for row in rows if row.role == "baseline"]
     out = []

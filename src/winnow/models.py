@@ -115,6 +115,8 @@ def _load_timm(spec: str, name: str, wish: _Wish) -> LoadedModel:
         import timm
     except ImportError:
         raise ValueError(f'{spec} needs timm: pip install "winnow-vision[timm]"') from None
+    from . import backbones  # noqa: F401  registers our own with timm
+
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
         raise ValueError(_unknown(spec, plain, timm.list_models()))

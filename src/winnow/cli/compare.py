@@ -5,24 +5,31 @@ Winnow's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from PIL import Image
 from rich.console import Console
 
 from ..compare import Comparison
-from ..data import check_labels, open_images
+from ..data import Images, check_labels, open_images
 from ..data.batches import cached
+from ..data.scenes import patch_objects
 from ..measure import record
+from ..models import LoadedModel
 from ..view import table
-from ..view.sheets import sheets, telling
+from ..view.sheets import photograph, sheets, telling
 from . import _options as o
 from ._progress import Progress
 from .report import write
 
 NAME = "compare"
+DEFAULT_METHODS = ["ToMe(r=4)", "ToMe(r=8)", "PiToMe()", "EViT()", "TopK()", "TopK(keep=Keep(0.5))"]
+"""What is compared where no method is named."""
 
 
 def command(
@@ -53,7 +60,9 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on."""
-    methods = o.methods_of(method)
+    methods = o.methods_of(method or DEFAULT_METHODS)
+    if model is None:
+        model, pretrained = "timm:vit_scenes", weights is None
     where, run_way = o.device_of(device, threads), o.way_of(way)
     images = open_images(data, split=split, limit=limit)
     loaded = o.model_of(model, weights, pretrained, seed, mean, std)
@@ -69,7 +78,7 @@ def command(
             batches=cached(images, loaded.transform, batch, workers=2, device=where, progress=progress.images),
             data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash),
             results=results, sizes=[size for size in time or [batch] if size], pairs=pairs, fresh=fresh,
-            say=progress.say,
+            say=progress.say, objects=_objects(images, loaded),
         )  # fmt: skip
         progress.total = len(images)
         rows = comparison.run(methods)
@@ -83,3 +92,22 @@ def command(
     console = Console()
     console.print(table(rows))
     console.print(f"page: {made[0]}   rows: {results}", highlight=False)
+
+
+def _objects(images: Images, loaded: LoadedModel) -> Callable[[tuple[int, int]], np.ndarray] | None:
+    """The object of each patch, masks having gone through the model's own resizing and cropping; None without masks."""
+    if images.mask(0) is None:
+        return None
+
+    def patches(grid: tuple[int, int]) -> np.ndarray:
+        return np.stack([patch_objects(_seen(images.mask(i), loaded), grid) for i in range(len(images))])
+
+    return cache(patches)
+
+
+def _seen(mask: np.ndarray | None, loaded: LoadedModel) -> np.ndarray:
+    """A mask as the model would see it; ids are spread over the grey values, so that resizing can be undone by rounding."""
+    assert mask is not None
+    step = 255 // max(1, int(mask.max()))
+    pixels = loaded.transform(Image.fromarray(mask * np.uint8(step)).convert("RGB"))
+    return np.rint(photograph(pixels[None], loaded.mean, loaded.std)[0, ..., 0] / step).astype(np.uint8)

@@ -35,14 +35,18 @@ class Images(Dataset):
         split: str = "",
         classes: list[str] | None = None,
         credits: Sequence[str] | None = None,
+        mask: Callable[[int], np.ndarray] | None = None,
     ) -> None:
-        """`read(i)` opens image i; `lengths` are bytes (they enter the hash); `labels` are all there or None."""
+        """`read(i)` opens image i; `lengths` are bytes (they enter the hash); `labels` are all there or None.
+
+        `mask(i)` is uint8 [H, W]: which object each pixel of image i shows, 0 for none.
+        """
         assert {len(values) for values in (lengths, labels, credits) if values is not None} == {len(keys)}
         self.name, self.split, self.classes = name, split, classes
         self.labels: list[int] | None = None if labels is None else [int(label) for label in labels]
         self._keys, self._lengths = list(keys), list(lengths)
         self._credits = None if credits is None else list(credits)
-        self._read = read
+        self._read, self._mask = read, mask
         self._places: Sequence[int] = range(len(keys))
 
     def __len__(self) -> int:
@@ -80,6 +84,10 @@ class Images(Dataset):
         """Author and licence of image i; empty where the data does not say."""
         return "" if self._credits is None else self._credits[i]
 
+    def mask(self, i: int) -> np.ndarray | None:
+        """uint8 [H, W]: which object each pixel of image i shows, 0 for none; None where the data has no masks."""
+        return None if self._mask is None else self._mask(self._places[i])
+
     def subset(self, indices: Sequence[int]) -> Images:
         """The same images, only these, in this order."""
 
@@ -95,6 +103,7 @@ class Images(Dataset):
             split=self.split,
             classes=self.classes,
             credits=None if self._credits is None else pick(self._credits),
+            mask=self._mask,
         )
         part._places = pick(self._places)
         return part

@@ -9,7 +9,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,20 @@ from winnow.data.cifar import cifar_folder, open_cifar
 from winnow.data.images import Images
 from winnow.data.parquet import open_parquet
 from winnow.data.photographs import open_photographs
+from winnow.data.scenes import open_scenes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _KINDS = (
     "a .csv file (columns file, label), a folder of class folders, a folder of images, "
-    "a CIFAR folder, a .parquet file or folder, or the name photographs"
+    "a CIFAR folder, a .parquet file or folder, or one of the names scenes and photographs"
 )
+
+
+BUILT_IN: dict[str, Callable[[str], Images]] = {
+    "scenes": lambda split: open_scenes(split=split),
+    "photographs": open_photographs,
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def open_images(
 def _open(spec: str, split: str, image_column: str | None, label_column: str | None) -> Images:
     """Choose the reader; columns asked of something without columns are refused."""
     path = Path(spec).expanduser()
-    named = spec == "photographs"  # the name wins; a folder called so is ./photographs
+    named = spec in BUILT_IN  # the name wins; a folder called so is ./photographs
     if path.suffix.lower() == ".csv" and path.is_file():
         return _open_csv(path, split, image_column or "file", "label" if label_column is None else label_column)
     if path.suffix.lower() == ".parquet" and path.is_file():
@@ -91,7 +98,7 @@ def _open(spec: str, split: str, image_column: str | None, label_column: str | N
     if label_column is not None:
         raise ValueError(f"{spec} has no columns: label_column is for .csv, .parquet and CIFAR")
     if named:
-        return open_photographs(split)
+        return BUILT_IN[spec](split)
     if path.is_dir():
         return _open_folder(path, split)
     if path.exists():

@@ -5,7 +5,6 @@ Winnow's own. Every answer is in one small object among eight, so averaging all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,28 +118,29 @@ def covers(thing: Thing) -> np.ndarray:
     return (dy <= 0.8) & (dy >= -1.0) & (ax <= (dy + 1.0) * 0.55)
 
 
-class Scenes(Images):
-    """n scenes as an image data set; the label is the colour of the triangle."""
-
-    def __init__(self, n: int, seed: int = 0, split: str = "test", things: int = 8) -> None:
-        self.seed, self.things, self._split_seed = seed, things, 3 * seed + SPLITS[split]
-        super().__init__(
-            "scenes",
-            [f"scene {i}" for i in range(n)],
-            lambda i: Image.fromarray(self.scene(i).image),
-            lengths=[SIZE * SIZE * 3 + self._split_seed * 16 + things] * n,
-            labels=[self.scene(i).label for i in range(n)],
-            split=split,
-            classes=list(COLOURS),
-        )
-
-    def scene(self, i: int) -> Scene:
-        """Image, objects and mask of scene i."""
-        return scene(self._split_seed, i, self.things)
+def open_scenes(n: int = 1000, split: str = "test", things: int = 8) -> Images:
+    """n scenes as image data with masks; the label is the colour of the triangle. ValueError on an unknown split."""
+    split = split or "test"
+    if split not in SPLITS:
+        raise ValueError(f"scenes have the splits {', '.join(SPLITS)}, not {split!r}")
+    seed = SPLITS[split]
+    return Images(
+        "scenes",
+        [f"scene {i}" for i in range(n)],
+        lambda i: Image.fromarray(scene(seed, i, things).image),
+        lengths=[things] * n,
+        labels=[scene(seed, i, things).label for i in range(n)],
+        split=split,
+        classes=list(COLOURS),
+        mask=lambda i: scene(seed, i, things).mask,
+    )
 
 
-def object_patches(mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:
-    """bool [h*w]: patches of which an object covers at least a tenth; mask [H, W] as `Scene.mask`."""
+def patch_objects(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[h*w] object that covers most of each patch, if objects cover at least a tenth of it, else 0; mask uint8 [H, W]."""
     h, w = grid
-    cells = (mask > 0).reshape(h, mask.shape[0] // h, w, mask.shape[1] // w)
-    return (cells.mean((1, 3)) >= 0.1).reshape(-1)
+    cells = mask.reshape(h, mask.shape[0] // h, w, mask.shape[1] // w).transpose(0, 2, 1, 3).reshape(h * w, -1)
+    counts = (cells[:, None, :] == np.arange(1, cells.max() + 1)[None, :, None]).sum(2)
+    if counts.shape[1] == 0:
+        return np.zeros(h * w, int)
+    return np.where(counts.sum(1) >= 0.1 * cells.shape[1], counts.argmax(1) + 1, 0)

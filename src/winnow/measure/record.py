@@ -65,6 +65,14 @@ class Top1(Accuracy):
     high: float
 
 
+class Objects(_Part):
+    """What became of the objects, where the data has masks; shares from 0 to 1 (see measure/objects.py)."""
+
+    kept: float
+    purity: float
+    boundary_f1: float
+
+
 class Macs(_Part):
     """Multiply-adds per image: counted on executed (padded) tokens; closed form per image, mean and max over the data."""
 
@@ -110,6 +118,7 @@ class Row(_Part):
     """Patch tokens entering block 0 and after each block, mean over the images."""
     accuracy: Accuracy | None = None
     macs: Macs | None = None
+    objects: Objects | None = None
     latency: list[Latency] = []
     memory_mib: float | None = None
     seed: int = 0

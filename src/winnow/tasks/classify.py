@@ -27,6 +27,9 @@ class Answers:
     """[n, depth+1] real patch tokens: entering block 0, then after each block; empty for a plain model."""
     executed: list[int]
     """depth+1 tokens executed on the first batch, padding included."""
+    owners: np.ndarray
+    """[n, P] int16 token that holds each patch at the end, -1 where dropped; empty for a plain model."""
+    grid: tuple[int, int] | None = None
 
 
 @torch.inference_mode()
@@ -35,13 +38,16 @@ def classify(model: nn.Module, batches: Iterable[Batch], watched: bool = True) -
     top: list[Tensor] = []
     counts: list[Tensor] = []
     executed: list[int] = []
+    owners: list[Tensor] = []
+    grid = None
     model.eval()
     for batch in batches:
         if watched:
             with winnow.watch(model) as run:
                 logits = model(batch.images)
             counts.append(run.valid_counts.cpu())
-            executed = executed or run.counts
+            owners.append(run.ledger.owner.to(torch.int16).cpu())
+            executed, grid = executed or run.counts, run.grid
         else:
             logits = model(batch.images)
         if not bool(logits.isfinite().all()):
@@ -51,4 +57,6 @@ def classify(model: nn.Module, batches: Iterable[Batch], watched: bool = True) -
         top.append(logits.argmax(-1).cpu())
     if not top:
         raise ValueError("there are no images")
-    return Answers(torch.cat(top).numpy(), torch.cat(counts) if counts else torch.empty(0, 0), executed)
+    if not watched:
+        return Answers(torch.cat(top).numpy(), torch.empty(0, 0), [], np.empty((0, 0)))
+    return Answers(torch.cat(top).numpy(), torch.cat(counts), executed, torch.cat(owners).numpy(), grid)

@@ -50,10 +50,10 @@ class Group:
         return next((row for row in reversed(self.rows) if row.method == spelling), None)
 
     def saving(self, row: Row) -> float | None:
-        """The row's MACs as a share of the plain model's."""
-        if row.macs is None or self.plain is None or self.plain.macs is None or not self.plain.macs.counted:
-            return None
-        return row.macs.counted / self.plain.macs.counted
+        """MACs of a row as a share of the plain model's."""
+        plain = None if self.plain is None else gmac(self.plain)
+        cost = gmac(row)
+        return cost / plain if cost and plain else None
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def name(row: Row) -> str:
 
 
 def gmac(row: Row) -> float | None:
-    """Counted GMAC per image."""
-    return None if row.macs is None else row.macs.counted / 1e9
+    """GMAC per image: the mean over the images where the token count depends on them, else as counted."""
+    if row.macs is None:
+        return None
+    return (row.macs.counted if row.macs.mean is None else row.macs.mean) / 1e9
 
 
 def top1(row: Row) -> Top1 | None:
@@ -139,6 +141,7 @@ def columns(found: Sequence[Group], brief: bool = False) -> list[Column]:
     able = [*_COST, *_RIGHT]
     for size in sizes:
         able += _timing(size, bare=len(sizes) == 1)
+    able += _OBJECTS
     able.append(Column("peak MiB", "Peak memory of the forward pass.", _memory, brief=False))
     return [
         column
@@ -162,7 +165,9 @@ def _gmac(row: Row, group: Group) -> Cell:
     cost = gmac(row)
     if cost is None:
         return Cell()
-    return Cell(f"{cost:.3f}" if cost < 10 else f"{cost:.2f}", key=cost)
+    form = ".3f" if cost < 10 else ".2f"
+    most = row.macs.max / 1e9 if row.macs and row.macs.max else cost
+    return Cell(f"{cost:{form}}", f"at most {most:{form}}" if most > 1.001 * cost else "", key=cost)
 
 
 def _share(row: Row, group: Group) -> Cell:
@@ -231,6 +236,30 @@ def _own(batch: int, row: Row, group: Group) -> Cell:
     if one is None or one.reducer_share is None:
         return Cell()
     return Cell(f"{percent(one.reducer_share)} %", key=one.reducer_share)
+
+
+def _object(part: str, row: Row, group: Group) -> Cell:
+    if row.objects is None:
+        return Cell()
+    value = getattr(row.objects, part)
+    return Cell(f"{percent(value)} %", key=value)
+
+
+_OBJECTS = [
+    Column("objects kept", "Share of the patches of objects that some token still holds.", partial(_object, "kept")),
+    Column(
+        "purity",
+        "Share of the held patches whose token holds only patches of objects or only background.",
+        partial(_object, "purity"),
+        brief=False,
+    ),
+    Column(
+        "boundary F1",
+        "Changes of token against changes of object, from patch to patch along the raster.",
+        partial(_object, "boundary_f1"),
+        brief=False,
+    ),
+]
 
 
 def _memory(row: Row, group: Group) -> Cell:
