@@ -12,7 +12,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup  ## the main job on photographs that come with a dependency, random weights
-	$(BIN)/winnow compare timm:vit_tiny_patch16_224 --data photographs --out demo \
+	$(BIN)/winnow compare timm:vit_tiny_patch16_224 --data photographs --out demo --results demo/rows.jsonl \
 	  --method "ToMe(r=8)" --method "ToMe(r=16)" --method "EViT()" --method "TopK()"
 
 METHODS := $(foreach r,4 8 13 16 20,"ToMe(r=$(r))") \

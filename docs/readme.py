@@ -29,11 +29,27 @@ def methods() -> str:
 
 
 def photos() -> str:
-    """The table of the photograph run, from its rows."""
-    return view.markdown(paired(record.read(ROOT / "results" / "photos.jsonl")), brief=True)
+    """The table of the photograph run, from its rows; baselines that only stand in for a cost are left out."""
+    rows = paired(record.read(ROOT / "results" / "photos.jsonl"))
+    return view.markdown([row for row in rows if row.latency or row.role == "plain"], brief=True)
 
 
-BLOCKS = {"methods": methods, "photos": photos}
+def findings() -> str:
+    """What the photograph run says, in sentences made from all its rows."""
+    from winnow.view.cells import groups
+    from winnow.view.summary import sentences
+
+    found = groups(paired(record.read(ROOT / "results" / "photos.jsonl")))
+    return "\n".join(f"- {words}" for words in sentences(found[0])) + "\n"
+
+
+def families() -> str:
+    """The table of docs/families.md."""
+    text = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    return "\n".join(line for line in text.splitlines() if line.startswith("|")) + "\n"
+
+
+BLOCKS = {"methods": methods, "photos": photos, "findings": findings, "families": families}
 
 
 def fill(text: str) -> str:

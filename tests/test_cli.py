@@ -289,3 +289,8 @@ def test_doctor(run, monkeypatch):
     code, out, _ = run("doctor", MODEL, "-m", "ToMe()")
     assert code == 1
     assert "failed" in out
+
+
+@pytest.mark.parametrize("words", [["lisst"], ["list", "--nope"], ["compare"], ["show"]])
+def test_wrong_usage_is_one_line(run, words):
+    refused(run(*words), "winnow --help")

@@ -6,8 +6,9 @@ Winnow's own.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from .methods import METHODS
@@ -50,7 +51,11 @@ def _parse(text: str, names: dict[str, type]) -> Any:
 def _value(node: ast.expr, names: dict[str, type], text: str) -> Any:
     if isinstance(node, ast.Name):
         return _known(node.id, names, text)
+    if isinstance(node, ast.Attribute):
+        return _preset(node, names, text)()
     if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):
+            return _call(_preset(node.func, names, text), node, names, text)
         if not isinstance(node.func, ast.Name):
             raise ValueError(f"cannot read {text!r}: only plain names may be called")
         return _call(_known(node.func.id, names, text), node, names, text)
@@ -72,19 +77,30 @@ def _known(name: str, names: dict[str, type], text: str) -> type:
     return names[name]
 
 
-def _call(cls: type, node: ast.Call, names: dict[str, type], text: str) -> Any:
-    fields = [field.name for field in dataclasses.fields(cls)]
+def _preset(node: ast.Attribute, names: dict[str, type], text: str) -> Callable[..., Any]:
+    """The class method a dotted name means, where the class lists it among its presets."""
+    if not isinstance(node.value, ast.Name):
+        raise ValueError(f"cannot read {text!r}: only plain names may be called")
+    cls = _known(node.value.id, names, text)
+    presets: tuple[str, ...] = getattr(cls, "presets", ())
+    if node.attr not in presets:
+        raise ValueError(f"{cls.__name__} has no preset {node.attr!r}; presets: {', '.join(presets) or 'none'}")
+    return getattr(cls, node.attr)
+
+
+def _call(cls: Callable[..., Any], node: ast.Call, names: dict[str, type], text: str) -> Any:
+    fields = list(inspect.signature(cls).parameters)
     if any(isinstance(arg, ast.Starred) for arg in node.args) or any(word.arg is None for word in node.keywords):
         raise ValueError(f"cannot read {text!r}: no * or ** here")
     words = {str(word.arg): _value(word.value, names, text) for word in node.keywords}
     wrong = [word for word in words if word not in fields]
     if wrong:
-        raise ValueError(f"{cls.__name__} has no field {wrong[0]!r}; fields: {', '.join(fields)}")
+        raise ValueError(f"{cls.__qualname__} has no field {wrong[0]!r}; fields: {', '.join(fields)}")
     if len(node.args) > len(fields):
-        raise ValueError(f"{cls.__name__} takes at most {len(fields)} values: {', '.join(fields)}")
+        raise ValueError(f"{cls.__qualname__} takes at most {len(fields)} values: {', '.join(fields)}")
     twice = [name for name in fields[: len(node.args)] if name in words]
     if twice:
-        raise ValueError(f"{cls.__name__}: {twice[0]} is given twice in {text!r}")
+        raise ValueError(f"{cls.__qualname__}: {twice[0]} is given twice in {text!r}")
     try:
         return cls(*(_value(arg, names, text) for arg in node.args), **words)
     except TypeError as error:

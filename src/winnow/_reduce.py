@@ -128,7 +128,8 @@ def _check_fit(model: nn.Module, host: Host, method: Method) -> None:
             f'{method} acts at "{facts.where}", which {host.family} ({name}) does not offer; '
             f"it offers {', '.join(sorted(host.accepts))}"
         )
-    wants = facts.needs | ({"sizes"} if facts.sizes else set()) | (set() if facts.static else {"padding"})
+    padding = set() if facts.static or facts.unmasked else {"padding"}
+    wants = facts.needs | ({"sizes"} if facts.sizes else set()) | padding
     if "cls_attention" in wants & host.offers and not host.setting.cls:
         raise ValueError(
             f"{method} needs class-token attention; {name} has no class token. "

@@ -64,7 +64,7 @@ class Comparison:
         for method in [*baselines, *(method for method in methods if method not in baselines)]:
             row, fresh = self.measure(method)
             if type(method) not in BASELINES and row.macs is not None:
-                for baseline in self._rivals(row.macs.mean or row.macs.counted):
+                for baseline in self._rivals(row.macs.per_image):
                     self._one(baseline, timed=False)
             self._keep(row, fresh)
         return paired(self.rows)
@@ -246,16 +246,11 @@ def paired(rows: Sequence[rec.Row]) -> list[rec.Row]:
 def _cheap(baseline: rec.Row, row: rec.Row) -> bool:
     if baseline.macs is None or row.macs is None or baseline.accuracy is None:
         return False
-    return _cost(baseline) <= SLACK * _cost(row)
+    return baseline.macs.per_image <= SLACK * row.macs.per_image
 
 
 def _top1(row: rec.Row) -> float:
     return (row.accuracy.value if row.accuracy else None) or 0.0
-
-
-def _cost(row: rec.Row) -> float:
-    assert row.macs is not None
-    return row.macs.mean if row.macs.mean is not None else row.macs.counted
 
 
 def _against(row: rec.Row, other: rec.Row | None) -> rec.Paired | None:

@@ -30,6 +30,8 @@ class Facts:
     """"input" resizes the image, "between" acts between blocks, "block" after attention inside a block."""
     learned: bool = False
     training_only: bool = False
+    unmasked: bool = False
+    """Its padding passes for tokens, so no host need skip it: `NormThreshold.seed002()` only."""
 
 
 @dataclass(frozen=True)

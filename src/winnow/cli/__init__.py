@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-import click
 import typer
 
 from . import compare, doctor, list_, measure, report, show
 
+# typer may carry its own copy of click, so the base of its errors is looked up rather than imported
+Usage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
@@ -30,10 +32,12 @@ def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2 (WINNOW_TRACEBACK=1 shows where it came from)."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except Usage as error:
+        print(
+            f"winnow: {error.format_message()} (winnow --help lists verbs, winnow VERB --help options)", file=sys.stderr
+        )
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
         print("winnow: interrupted; rows already made are kept, the same command goes on from there", file=sys.stderr)
         code = 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:

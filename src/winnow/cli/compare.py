@@ -28,15 +28,13 @@ from ._progress import Progress
 from .report import write
 
 NAME = "compare"
-DEFAULT_METHODS = ["ToMe(r=4)", "ToMe(r=8)", "PiToMe()", "EViT()", "TopK()", "TopK(keep=Keep(0.5))"]
-"""What is compared where no method is named."""
 
 
 def command(
     model: o.Model,
     method: o.Methods,
     data: Annotated[
-        str, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or photographs")
+        str, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or one of the names photographs and scenes")
     ] = "photographs",
     split: Annotated[str, typer.Option(help="split or slice of the data, e.g. train[-5000:]")] = "",
     limit: Annotated[int | None, typer.Option(help="so many images, evenly spaced")] = None,
@@ -60,9 +58,7 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on."""
-    methods = o.methods_of(method or DEFAULT_METHODS)
-    if model is None:
-        model, pretrained = "timm:vit_scenes", weights is None
+    methods = o.methods_of(method)
     where, run_way = o.device_of(device, threads), o.way_of(way)
     images = open_images(data, split=split, limit=limit)
     loaded = o.model_of(model, weights, pretrained, seed, mean, std)

@@ -118,7 +118,7 @@ def covers(thing: Thing) -> np.ndarray:
     return (dy <= 0.8) & (dy >= -1.0) & (ax <= (dy + 1.0) * 0.55)
 
 
-def open_scenes(n: int = 1000, split: str = "test", things: int = 8) -> Images:
+def open_scenes(n: int = 500, split: str = "test", things: int = 8) -> Images:
     """n scenes as image data with masks; the label is the colour of the triangle. ValueError on an unknown split."""
     split = split or "test"
     if split not in SPLITS:

@@ -83,6 +83,12 @@ class Macs(_Part):
     convention: str = "mac"
     left_out: dict[str, int] = {}
 
+    @property
+    def per_image(self) -> float:
+        """What one image costs: as counted, or the mean over the images where the count depends on them."""
+        depends = self.mean is not None and self.max is not None and self.max > self.mean * (1 + 1e-9)
+        return self.mean if depends and self.mean is not None else self.counted
+
 
 class Latency(_Part):
     """One interleaved comparison at one batch size: ms per batch, ratio = plain / reduced, 95 % interval, A/A null run."""

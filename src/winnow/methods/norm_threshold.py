@@ -5,7 +5,8 @@ ECE1512 Project B, part B (document 002), 2024; as described, with padding maske
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from ..parts.combine import mask
 from ..parts.score import norm
 from ..reducer import Facts, Method, Reducer, Signals
 from ..tokens import Tokens
+from ..ways import compact
+
+
+@dataclass(frozen=True, repr=False)
+class Published(Below):
+    """The limit of document 002, whose padding passes for tokens; only `NormThreshold.seed002()` makes one."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,9 +36,37 @@ class NormThreshold(Method):
         object.__setattr__(self, "before", check_layers("NormThreshold", "before", self.before))
         check_amounts("NormThreshold", "below", self.below, Below, self.before)
 
+    presets = ("seed002",)
+    """Class methods that are spelled like methods: `NormThreshold.seed002()`."""
+
+    @classmethod
+    def seed002(cls, threshold: float = 13.0) -> NormThreshold:
+        """Document 002's pruning with its faults, whatever the way to run; its whole model: `winnow report seed002`.
+
+        Before blocks 0 and 1 the survivors are packed and padded with zeros to the batch maximum. Nothing skips the
+        padding: it attends, is attended to and is averaged. An image may lose every token, and so may a whole batch.
+        """
+        return cls(below=Published(threshold), before=(0, 1))
+
+    @property
+    def published(self) -> bool:
+        """This is document 002's own value."""
+        return isinstance(self.below, Published)
+
+    @property
+    def known_failures(self) -> Mapping[str, str]:
+        """Checks of the contract that document 002's own value cannot pass, and why."""
+        return KNOWN if self.published and self == type(self).seed002() else {}
+
+    def __repr__(self) -> str:
+        if not isinstance(self.below, Published):
+            return super().__repr__()
+        other = "" if self == type(self).seed002() else f"threshold={self.below.limit!r}"
+        return f"{type(self).__name__}.seed002({other})"
+
     @property
     def facts(self) -> Facts:
-        return Facts(static=False, where="between")
+        return Facts(static=False, where="between", unmasked=self.published)
 
     def sites(self, depth: int) -> tuple[int, ...]:
         return self.before
@@ -41,7 +76,8 @@ class NormThreshold(Method):
         return n
 
     def build(self, depth: int, width: int, heads: int, patches: int | None, prefix: int) -> Reducer:
-        return NormThresholdReducer(self, patches, prefix)
+        made = Seed002Reducer if self.published else NormThresholdReducer
+        return made(self, patches, prefix)
 
 
 class NormThresholdReducer(Reducer):
@@ -90,3 +126,26 @@ class NormThresholdReducer(Reducer):
         if limit.isnan():
             raise ValueError(f"{self.method} has no limits yet: run winnow.calibrate(model, batches) first")
         return limit.expand(1, 1)
+
+
+class Seed002Reducer(NormThresholdReducer):
+    """What document 002 does: its ledger calls padding real, so that nothing after it can tell."""
+
+    def forward(self, tokens: Tokens, signals: Signals, layer: int) -> Tokens:
+        if tokens.n == 0:  # the whole batch was emptied before
+            return tokens
+        score = self.score(tokens)
+        # what was padded at the site before holds no patch, and counts as not kept whatever its norm
+        keep = (score > self.below(layer).limit) & (tokens.ledger.size() > 0)
+        kept = compact(mask(tokens, keep, score=score if signals.watched else None), int(keep.sum(1).max()))
+        real = kept.ledger.valid
+        assert real is not None
+        return replace(kept, x=kept.x * real.unsqueeze(-1), ledger=replace(kept.ledger, valid=None))
+
+
+KNOWN = {
+    "count_is_as_promised": "an image whose norms are all below the threshold keeps no token",
+    "reducer_ignores_batch_mates": "an image that keeps no token is padding only, and alone it is nothing",
+    "model_ignores_batch_mates": "padding attends and is averaged, and its amount depends on the batch",
+}
+"""At limits that leave some of the contract's tokens, `ledger_is_sound` and `survivors_in_raster_order` fail too."""

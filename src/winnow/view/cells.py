@@ -97,10 +97,8 @@ def name(row: Row) -> str:
 
 
 def gmac(row: Row) -> float | None:
-    """GMAC per image: the mean over the images where the token count depends on them, else as counted."""
-    if row.macs is None:
-        return None
-    return (row.macs.counted if row.macs.mean is None else row.macs.mean) / 1e9
+    """GMAC per image."""
+    return None if row.macs is None else row.macs.per_image / 1e9
 
 
 def top1(row: Row) -> Top1 | None:
