@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import re
 import shlex
 from functools import cache, reduce
@@ -204,6 +205,7 @@ def families():
     pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location("families", ROOT / "docs" / "families.py")
     made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look their module up
     spec.loader.exec_module(made)
     return made
 
