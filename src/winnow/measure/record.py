@@ -201,13 +201,14 @@ def environment() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the working directory, with `+` where it is dirty; None outside git."""
+    """The git commit of the working directory, with `+` where it is dirty (rows in results/ apart); None outside git."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
 
+    but = ("--", ":/", ":(top,exclude)results")  # a run that appends its rows does not soil its own commit
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", *but) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
