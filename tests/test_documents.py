@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 import re
 import shlex
+import sys
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
