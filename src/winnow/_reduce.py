@@ -5,6 +5,7 @@ Winnow's own; what is done to the model is said in the README.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,9 @@ LACKING = {
     "values": "attention values",
     "sizes": "attention that weighs token sizes",
     "padding": "attention that skips padding",
+    "image": "the image itself",
+    "text_attention": "the prompt's attention to image tokens",
+    "cls": "a class token",
 }
 
 
@@ -38,7 +42,7 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
     if not isinstance(method, Method):
         raise TypeError(f"reduce() needs a method such as ToMe(r=8), got {method!r}; winnow.parse() reads spellings")
     _check_free(model)
-    host = host_of(model, blocks)
+    host = host_of(model, blocks).serving(method.facts)
     _check_fit(model, host, method)
     way = check_way(way, method.facts, repr(method))
     if way not in ("auto", "static") and "padding" not in host.offers:
@@ -46,7 +50,7 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
 
     setting = host.setting
     reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
-    seat = Seat(host, reducer, way)
+    seat = (host.seat or Seat)(host, reducer, way)
     like = next(host.blocks[0].parameters(), torch.empty(0))
     reducer.to(like.device, like.dtype).train(model.training)
     reducer.seat = seat
@@ -55,6 +59,9 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
         _replace(seat, block, "forward", block_forward, Slot(seat, block, index, view))
     for patch in host.patches:
         _replace(seat, patch.module, patch.name, patch.function, Slot(seat, patch.module))
+        if patch.signed:
+            own = getattr(type(patch.module), patch.name).__get__(patch.module)
+            patch.module.__dict__[patch.name].__signature__ = inspect.signature(own)
     return model
 
 
@@ -90,10 +97,14 @@ def watch(model: nn.Module) -> Iterator[Watch]:
 
 def reducer_of(model: nn.Module) -> Reducer:
     """The reducer inside, through DDP, compile and peft wrappers; ValueError if the model is not reduced."""
-    found = getattr(unwrap(model), "reducer", None)
-    if not isinstance(found, Reducer):
+    if not is_reduced(model):
         raise ValueError(f"{type(unwrap(model)).__name__} is not reduced: call winnow.reduce(model, method) first")
-    return found
+    return unwrap(model).reducer  # type: ignore[return-value]
+
+
+def is_reduced(model: nn.Module) -> bool:
+    """Whether there is a reducer inside."""
+    return isinstance(getattr(unwrap(model), "reducer", None), Reducer)
 
 
 def seat_of(model: nn.Module) -> Seat:
@@ -128,7 +139,7 @@ def _check_fit(model: nn.Module, host: Host, method: Method) -> None:
             f'{method} acts at "{facts.where}", which {host.family} ({name}) does not offer; '
             f"it offers {', '.join(sorted(host.accepts))}"
         )
-    padding = set() if facts.static or facts.unmasked else {"padding"}
+    padding = set() if (facts.static and not facts.ragged) or facts.unmasked else {"padding"}
     wants = facts.needs | ({"sizes"} if facts.sizes else set()) | padding
     if "cls_attention" in wants & host.offers and not host.setting.cls:
         raise ValueError(

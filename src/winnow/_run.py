@@ -5,8 +5,8 @@ Winnow's own; the design's decisions 2 to 10 live here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,12 @@ class Patch:
     module: nn.Module
     name: str
     function: Callable[..., Any]
+    signed: bool = False
+    """The host asks for this method's signature, so the replacement shows the original's."""
+
+
+OFFERS = frozenset("keys values cls_attention received noise training_noise image sizes padding".split())
+"""What a family offers that hides nothing: signals, and attention that takes token sizes and padding."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,19 @@ class Host:
     """What else to replace: the entry (calls `Seat.begin`) and heads that read all tokens."""
     accepts: frozenset[str] = frozenset({"block", "between"})
     """Values of `Facts.where` this family can serve."""
-    offers: frozenset[str] = frozenset({"keys", "values", "cls_attention", "received", "noise", "sizes", "padding"})
+    offers: frozenset[str] = OFFERS
     """Signals it can give, and whether its attention takes token sizes and padding."""
     outside_macs: Callable[[Tensor, Tensor], Tensor] | None = None
     """MACs of stem and head for P patches and n tokens (prefix included) at the end; None where unknown."""
+    elsewhere: Mapping[str, Callable[[Facts], Host]] = field(default_factory=dict)
+    """By `Facts.where`: the host for methods that act in another part of the model."""
+    seat: Callable[[Host, Reducer, Way], Seat] | None = None
+    """The kind of seat, where it is not the usual one."""
+
+    def serving(self, facts: Facts) -> Host:
+        """This host, or the one for the part of the model a method acts in; TypeError if it cannot be served there."""
+        make = self.elsewhere.get(facts.where)
+        return self if make is None else make(facts)
 
 
 class Run:
@@ -110,6 +125,11 @@ class Run:
         """[B, P] False where the input itself is padding."""
         self.small: tuple[int, int] | None = None
         self.key: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.losses: dict[int, dict[str, Tensor]] = {}
+        """Auxiliary losses by site; with their graph, so they live until the next forward and no longer."""
+        self.metrics: dict[int, dict[str, Tensor]] = {}
+        self.graded = torch.is_grad_enabled()
         self.way: Way = "static"
 
     @property
@@ -167,13 +187,21 @@ class Seat:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "watches": []}  # nobody watches a copy, and no watch ends for it
 
+    @property
+    def known(self) -> bool:
+        """Token counts follow from shapes alone now, so every token that leaves a site is real."""
+        return self.facts.static and not (self.facts.ragged and self.reducer.training)
+
     def begin(self, x: Tensor, grid: tuple[int, int] | None, valid: Tensor | None = None) -> None:
         """A forward starts with input x [B, ...] whose patches form `grid`; `valid` [B, P] is False on padding."""
         self.run = run = Run()
         run.grid, run.valid = grid, valid
         run.way = resolve(self.way, self.facts, self.reducer.training)
-        if "noise" in self.facts.needs:
+        needs = self.facts.needs
+        if "noise" in needs or ("training_noise" in needs and self.reducer.training):
             run.key = content_key(x)
+        if "image" in needs:
+            run.seen = self.reducer.look(x, grid)
         for watch in self.watches:
             watch._run = run
 
@@ -203,11 +231,14 @@ class Seat:
         static_elsewhere = self.facts.static and run.way != "static"
         if static_elsewhere:
             tokens = compact(tokens, live)
-            tokens = replace(tokens, ledger=replace(tokens.ledger, valid=None))
-        signals = self._signals(tokens, layer, qkv, options, valid if static_elsewhere else None)
+            if self.known:
+                tokens = replace(tokens, ledger=replace(tokens.ledger, valid=None))
+        idle = self.reducer.idle(tokens.n, layer)
+        signals = Signals() if idle else self._signals(tokens, layer, qkv, options, valid if static_elsewhere else None)
         out = self.reducer(tokens, signals, layer)
         if out.score is not None and self.watches:
             run.scores[layer] = out.score.detach()
+        self._note(out, layer)
         run.live[after] = out.n
         out = self._lay_out(out)
         if out is not tokens:
@@ -228,21 +259,32 @@ class Seat:
 
     def _lay_out(self, out: Tokens) -> Tokens:
         way = self.run.way
-        if self.facts.static:
-            if way == "masked":
-                return spread(out)
-            return pad(out, way.multiple) if isinstance(way, Padded) else out
-        if isinstance(way, Padded) and out.ledger.valid is not None:
-            most = int(out.ledger.valid.sum(1).max())
-            return compact(out, min(out.n, -(-most // way.multiple) * way.multiple))
-        return out
+        if self.facts.static and way == "masked":
+            return spread(out)
+        if not isinstance(way, Padded):
+            return out
+        if out.ledger.valid is None:
+            return pad(out, way.multiple) if self.facts.static else out
+        most = int(out.ledger.valid.sum(1).max())
+        return compact(out, min(out.n, -(-most // way.multiple) * way.multiple))
+
+    def _note(self, out: Tokens, layer: int) -> None:
+        run = self.run
+        if out.losses and run.graded and not torch.is_grad_enabled():
+            raise ValueError(
+                f"{self.reducer.method} has losses, and reentrant gradient checkpointing gives them no gradient: "
+                "use torch.utils.checkpoint(..., use_reentrant=False)"
+            )
+        # a checkpointed block runs again in the backward pass, when its losses have long been read: the first stay
+        run.losses.setdefault(layer, out.losses or {})
+        run.metrics.setdefault(layer, {name: value.detach() for name, value in (out.metrics or {}).items()})
 
     def _signals(self, tokens: Tokens, layer: int, qkv, options, valid: Tensor | None) -> Signals:
         needs, prefix = self.facts.needs, self.setting.prefix
-        found: dict[str, Any] = {"watched": bool(self.watches)}
-        if "noise" in needs:
+        found: dict[str, Any] = {"watched": bool(self.watches), "seen": self.run.seen}
+        if self.run.key is not None:
             found["noise"] = self._noise(layer, tokens.n)
-        if qkv is not None and needs - {"noise"}:
+        if qkv is not None:
             q, k, v, bias = qkv
             scale, pairs = options.get("scale"), options.get("pairs")
             pick = lambda t, dim: gather_signal(t, valid, tokens.n, dim)  # noqa: E731
@@ -263,7 +305,8 @@ class Seat:
         return uniform(key, layer + 64 * salt, n)
 
     def _store(self, tokens: Tokens, after: int) -> Tokens:
-        kept = replace(tokens, x=tokens.x.new_empty(0), score=None)  # a view would keep all features alive
+        # a view would keep all features alive, and so would a loss that many layers carry along
+        kept = replace(tokens, x=tokens.x.new_empty(0), score=None, losses=None, metrics=None)
         self.run.tokens[after] = kept
         return kept
 

@@ -26,7 +26,7 @@ def method_macs(model: nn.Module, method: Method) -> float | None:
     """MACs per image of an unreduced model if it were reduced with a static method; None where unknown."""
     host = host_of(model)
     setting = host.setting
-    counts = torch.tensor([method.schedule(setting)], dtype=torch.float64)
+    counts = torch.tensor([method.counts(setting)], dtype=torch.float64)
     reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
     found = closed_form(host, reducer, counts)
     return None if found is None else float(found[0])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .tokens import Tokens
@@ -25,11 +27,19 @@ class Facts:
     sizes: bool = False
     """Token sizes enter later attention as log-size."""
     needs: frozenset[str] = frozenset()
-    """Of "keys", "values", "cls_attention", "received", "noise"."""
+    """Of "keys", "values", "cls_attention", "received", "noise", "training_noise" (in training only), "image";
+    at "tower" also "queries", "cls", "projected", at "llm" "text_attention" (docs/vlm.md)."""
     where: str = "block"
-    """"input" resizes the image, "between" acts between blocks, "block" after attention inside a block."""
+    """"input" resizes the image, "between" acts between blocks, "block" after attention inside a block; in vision-language
+    models also "tower", after the encoder, and "llm", between blocks of the language model (docs/vlm.md)."""
+    ahead: int = 0
+    """At "tower" and "llm", signals are of the block that made the tokens (0) or of the one that reads them next (1)."""
+    renumber: bool = False
+    """At "llm", positions are counted afresh after each site, where the model numbers them in one row."""
     learned: bool = False
     training_only: bool = False
+    ragged: bool = False
+    """In training images keep different numbers of tokens in as many places as shapes give; it marks the padding."""
     unmasked: bool = False
     """Its padding passes for tokens, so no host need skip it: `NormThreshold.seed002()` only."""
 
@@ -50,6 +60,16 @@ class Signals:
     """[B, N] attention each patch token receives, mean over heads and queries."""
     noise: Tensor | None = None
     """[B, N] uniform in [0, 1), from the image's own content."""
+    cls: Tensor | None = None
+    """[B, C] the class token's own features; at "tower" only, as the next two."""
+    cls_q: Tensor | None = None
+    """[B, H, D] its query."""
+    cls_k: Tensor | None = None
+    """[B, H, D] its key."""
+    text_row: Tensor | None = None
+    """[B, H, N] attention the asking rows of the prompt pay to each image token; at "llm" only."""
+    seen: Tensor | None = None
+    """[B, P] what `Reducer.look` found in the image."""
     watched: bool = False
     """Somebody wants `Tokens.score`."""
 
@@ -107,6 +127,11 @@ class Method(Spelled, ABC):
     def build(self, depth: int, width: int, heads: int, patches: int | None, prefix: int) -> Reducer:
         """The module that carries this method out."""
 
+    @property
+    def even(self) -> Method | None:
+        """The same settings with evenly spaced boundaries, whatever the image shows; None where there are none."""
+        return None
+
     def check(self, setting: Setting) -> None:
         """ValueError if these settings cannot work on such a model."""
         outside = [layer for layer in self.sites(setting.depth) if not 0 <= layer < setting.depth]
@@ -116,10 +141,10 @@ class Method(Spelled, ABC):
                 f"list layers within them, e.g. layers={_spread(setting.depth)}"
             )
 
-    def schedule(self, setting: Setting) -> tuple[int, ...]:
+    def counts(self, setting: Setting) -> tuple[int, ...]:
         """depth+1 patch-token counts on the model's own input: entering block 0, then after each block."""
         if setting.patches is None:
-            raise ValueError("the schedule needs the model's own grid, which it does not say")
+            raise ValueError("the counts need the model's own grid, which it does not say")
         sites, n, counts = self.sites(setting.depth), setting.patches, []
         between = self.facts.where == "between"
         for layer in range(setting.depth):
@@ -135,6 +160,8 @@ class Reducer(nn.Module):
     """The module a method builds; its parameters are the learned part, its run state lives elsewhere."""
 
     method: Method
+    seat: Any = None
+    """Where it sits in a model; None for a bare reducer."""
     progress: float = 1.0
     """Share of training done, set by the training loop."""
     seed: int = 0
@@ -154,9 +181,28 @@ class Reducer(nn.Module):
         """Patch tokens after the site at `layer`."""
         return self.method.count(n, layer, self.patches)
 
+    def idle(self, n: int, layer: int) -> bool:
+        """Nothing is reduced at this site now, where n tokens enter, so no signals are made for it."""
+        return self.method.facts.training_only and not self.training
+
     def loss(self) -> dict[str, Tensor]:
-        """Auxiliary losses of the last forward."""
-        return {}
+        """Auxiliary losses of the last forward, weighted, summed over the sites; {} where there are none."""
+        return {name: torch.stack(found).sum(0) for name, found in self._noted("losses").items()}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of the last forward, mean over the sites; {} where there are none."""
+        return {name: torch.stack(found).mean(0) for name, found in self._noted("metrics").items()}
+
+    def _noted(self, what: str) -> dict[str, list[Tensor]]:
+        by_name: dict[str, list[Tensor]] = {}
+        for site in getattr(self.seat.run, what).values() if self.seat is not None else ():
+            for name, value in site.items():
+                by_name.setdefault(name, []).append(value)
+        return by_name
+
+    def look(self, image: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+        """[B, P] what this reducer must know of the image [B, 3, H, W] itself, where `Facts.needs` has "image"."""
+        raise NotImplementedError
 
     def quantiles(self) -> dict[int, float]:
         """Sites whose limit is a quantile of the scores there, and the quantile: `winnow.calibrate` sets them."""

@@ -42,7 +42,7 @@ class Ledger:
 
     def step(self, move: Tensor, n: int, valid: Tensor | None = None) -> Ledger:
         """The ledger after each token [B, N] went to place `move` (-1: dropped) among `n`: one gather."""
-        dropped = torch.full_like(move[:, :1], -1)
+        dropped = move.new_full((move.shape[0], 1), -1)
         there = torch.cat([move, dropped], 1).gather(1, self.owner.remainder(self.n + 1))
         return Ledger(there, n, valid)
 
@@ -53,8 +53,9 @@ class Ledger:
             raise ValueError(
                 f"dense() needs one value per token, [{self.owner.shape[0]}, {self.n}, ...]; got {[*x.shape]}"
             )
-        index = self.owner.clamp_min(0).unsqueeze(-1).expand(-1, -1, flat.shape[-1])
-        out = flat.gather(1, index).masked_fill((self.owner < 0).unsqueeze(-1), fill)
+        nothing = flat.new_full((flat.shape[0], 1, flat.shape[-1]), fill)
+        index = self.owner.remainder(self.n + 1).unsqueeze(-1).expand(-1, -1, flat.shape[-1])
+        out = torch.cat([flat, nothing], 1).gather(1, index)
         return out.squeeze(-1) if x.ndim == 2 else out
 
     def counts(self) -> Tensor:
@@ -77,6 +78,10 @@ class Tokens:
     """[B, N] tokens listed in the order the method's paper emits them; None where that is the raster order."""
     score: Tensor | None = None
     """[B, N] what the method chose by, for pictures; belongs to the tokens that came in."""
+    losses: dict[str, Tensor] | None = None
+    """Auxiliary losses of this site, already weighted; the seat keeps them for `Reducer.loss()`."""
+    metrics: dict[str, Tensor] | None = None
+    """Figures of this site for `Reducer.metrics()`."""
 
     @property
     def n(self) -> int:
@@ -85,5 +90,5 @@ class Tokens:
 
     def moved(self, x: Tensor, move: Tensor, n: int, valid: Tensor | None = None, **more) -> Tokens:
         """These tokens after a step: features `x`, tokens gone to `move` [B, N] among `n`."""
-        fresh = {"order": None, "score": None} | more
+        fresh = {"order": None, "score": None, "losses": None, "metrics": None} | more
         return replace(self, x=x, ledger=self.ledger.step(move, n, valid), **fresh)

@@ -70,6 +70,7 @@ def gather_signal(signal: Tensor, valid: Tensor | None, n: int, dim: int) -> Ten
     if valid is None:
         return signal
     index = (~valid).int().argsort(dim=1, stable=True)[:, :n]
+    index = torch.nn.functional.pad(index, (0, n - index.shape[1]))  # padded to fewer than the reducer left places for
     shape = [1] * signal.ndim
     shape[0], shape[dim] = index.shape
     return signal.gather(dim, index.view(shape).expand(*signal.shape[:dim], n, *signal.shape[dim + 1 :]))
@@ -87,8 +88,8 @@ def pad(tokens: Tokens, multiple: int) -> Tokens:
 
 def spread(tokens: Tokens) -> Tokens:
     """Every token in the place of its first patch, all other places padding: what masking computes."""
-    places, patches = tokens.ledger.first(), tokens.ledger.owner.shape[1]
+    places, patches = tokens.ledger.first(), tokens.ledger.owner.shape[1]  # padding is at place `patches`: cut off
     index = places.unsqueeze(-1).expand_as(tokens.x)
-    x = tokens.x.new_zeros(tokens.x.shape[0], patches, tokens.x.shape[2]).scatter(1, index, tokens.x)
-    valid = torch.zeros_like(tokens.ledger.owner, dtype=torch.bool).scatter(1, places, True)
-    return replace(tokens, x=x, ledger=tokens.ledger.step(places, patches, valid))
+    x = tokens.x.new_zeros(tokens.x.shape[0], patches + 1, tokens.x.shape[2]).scatter(1, index, tokens.x)[:, :patches]
+    valid = x.new_zeros(x.shape[0], patches + 1, dtype=torch.bool).scatter(1, places, True)[:, :patches]
+    return replace(tokens, x=x, ledger=tokens.ledger.step(places.masked_fill(places == patches, -1), patches, valid))

@@ -43,7 +43,7 @@ def host(model: nn.Module, path: str) -> Host:
             Patch(model, "forward", _enter),
             *(Patch(block, "forward", partial(_block, layer=layer)) for layer, block in enumerate(children)),
         ),
-        offers=frozenset({"noise"}),
+        offers=frozenset({"noise", "training_noise"}),
     )
 
 

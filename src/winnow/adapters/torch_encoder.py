@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._run import BlockView, Host, Patch, Slot
+from .._run import OFFERS, BlockView, Host, Patch, Slot
 from ..reducer import Setting
 
 
@@ -102,6 +102,7 @@ def host(model: Any) -> Host:
         blocks=tuple(model.layers),
         views=tuple(NormFirst() if layer.norm_first else NormLast() for layer in model.layers),
         patches=(Patch(model, "forward", _forward),),
+        offers=OFFERS - {"image"},
         outside_macs=_nothing,
     )
 

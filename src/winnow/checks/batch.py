@@ -5,6 +5,8 @@ Winnow's own; batch dependence is the commonest fault of the published codes (do
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 import winnow
@@ -25,9 +27,10 @@ def reducer_ignores_batch_mates(case: Case) -> None:
 
 def model_ignores_batch_mates(case: Case) -> None:
     """The whole model's output for one image is the same alone and in a batch."""
-    for cls in case.fits():
+    for cls, training in product(case.fits(), case.modes):
         # padded to the batch maximum itself: rounded up, batch mates would seldom change the width
         model, images = case.model(cls, "auto" if case.facts.static else winnow.Padded(1)), case.images()
+        model.train(training)
         with torch.no_grad():
             together, alone = model(images), torch.cat([model(image[None]) for image in images])
         close(together, alone, 1e-5, "outputs alone and in a batch")
@@ -44,17 +47,20 @@ def evaluation_is_repeatable(case: Case) -> None:
 
 
 def ways_agree(case: Case) -> None:
-    """Static, masked and padded runs of one decision give the same output."""
-    for cls in case.fits():
-        images, outputs = case.images(), {}
+    """Static, masked and padded runs of one decision give the same output and the same losses."""
+    for cls, training in product(case.fits(), case.modes):
+        images, outputs, losses = case.images(), {}, {}
         for way in ("static", "masked", winnow.Padded(1), winnow.Padded(16)):
             if way == "static" and not case.facts.static:
                 continue
+            model = case.model(cls, way).train(training)
             with torch.no_grad():
-                outputs[str(way)] = output_of(case.model(cls, way)(images))
+                outputs[str(way)] = output_of(model(images))
+            losses[str(way)] = torch.stack([*winnow.reducer_of(model).loss().values(), torch.tensor(0.0)])
         first = next(iter(outputs))
         for way, output in outputs.items():
             close(output, outputs[first], 2e-5, f"{way} against {first}")
+            close(losses[way], losses[first], 2e-5, f"losses, {way} against {first}")
 
 
 CHECKS = (reducer_ignores_batch_mates, model_ignores_batch_mates, evaluation_is_repeatable, ways_agree)

@@ -73,6 +73,7 @@ class Case:
             cls_row=received[:, None].expand(-1, HEADS, -1),
             received=received,
             noise=noise,
+            seen=tokens.ledger.dense(x.detach().float().sum(-1)),
             watched=True,
         )
 
@@ -124,6 +125,11 @@ class Case:
             torch.arange(b) % 3
         ].view(b, 1, 1, 1)
 
+    @property
+    def modes(self) -> list[bool]:
+        """Training flags under which decisions are made: both for learned methods, whose training is another run."""
+        return [False, True] if self.facts.learned and self.given is None else [self.facts.training_only]
+
     def fits(self) -> list[bool]:
         """Which of the two models the method can work on."""
         if self.given is not None:
@@ -132,9 +138,13 @@ class Case:
 
 
 def ready(reducer: Reducer) -> None:
-    """Give a method that must be calibrated some limits."""
+    """Give a method that must be calibrated some limits, and a learned one the same weights every time, none of them 0."""
     if reducer.quantiles():
         reducer.limits.fill_(WIDTH**0.5)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in reducer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:

@@ -51,12 +51,13 @@ def _own_losses(case: Case, model) -> dict:
 
 
 def checkpointing_changes_nothing(case: Case) -> None:
-    """Gradients with and without gradient checkpointing are the same."""
+    """Gradients with and without gradient checkpointing are the same, those of the method's own losses included."""
     images, grads = case.images(), []
     for checkpoint in (False, True):
         model = case.model().train()
         model.set_grad_checkpointing(checkpoint)  # type: ignore[operator]
-        model(images).square().sum().backward()
+        task = model(images).square().sum()
+        (task + sum(winnow.reducer_of(model).loss().values())).backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1]), "other parameters get gradients"
     for ours, theirs in zip(*grads):
@@ -66,7 +67,8 @@ def checkpointing_changes_nothing(case: Case) -> None:
 def copies_after_training(case: Case) -> None:
     """After a training step a deep copy works, is its own, and gives the same output."""
     model, images = case.model().train(), case.images()
-    model(images).square().sum().backward()
+    task = model(images).square().sum()
+    (task + sum(winnow.reducer_of(model).loss().values())).backward()
     twin = copy.deepcopy(model).eval()
     model.eval()
     with torch.no_grad():

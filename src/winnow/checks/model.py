@@ -68,12 +68,12 @@ def every_site_is_reached(case: Case) -> None:
 
 
 def executed_tokens_are_promised(case: Case) -> None:
-    """Tokens executed per block are those of `schedule`, on every kind of model."""
+    """Tokens executed per block are those of `counts`, on every kind of model."""
     for cls in case.fits():
         model = case.model(cls)
         with torch.no_grad(), winnow.watch(model) as run:
             model(case.images())
-        wanted = case.method.schedule(seat_of(model).setting)
+        wanted = case.method.counts(seat_of(model).setting)
         assert len(run.counts) == len(wanted), f"{len(run.counts)} counts for {len(wanted) - 1} blocks"
         if case.facts.static:
             assert tuple(run.counts) == wanted, f"executed {run.counts}, promised {list(wanted)}"

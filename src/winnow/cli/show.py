@@ -44,7 +44,7 @@ def command(
     picture = _open(image)
     loaded = o.model_of(model, weights, pretrained, seed, mean, std)
     pixels = loaded.transform(picture)[None]
-    rows = [(repr(one), layers_of(loaded.model, one, pixels, None)[0]) for one in methods]
+    rows = [(repr(one), layers_of(loaded.model, one, pixels)[0]) for one in methods]
     weighed = "" if loaded.weights_hash else ", random weights"
     view.figure(
         photograph(pixels, loaded.mean, loaded.std)[0], rows, out, f"{image.name}, {model}{weighed}", most=layers

@@ -37,17 +37,17 @@ def closed_form(host: Host, reducer: Reducer | None, counts: Tensor) -> Tensor |
     if host.outside_macs is None:
         return None
     setting, prefix = host.setting, host.setting.prefix
-    total = host.outside_macs(
-        counts[:, 0] if reducer is None else _embedded(counts, reducer, host), counts[:, -1] + prefix
-    )
+    embedded = counts[:, 0] if reducer is None else _embedded(counts, reducer, host)
+    total = host.outside_macs(embedded, counts[:, -1] + prefix)
     where = reducer.method.facts.where if reducer is not None else "none"
     sites = reducer.method.sites(setting.depth) if reducer is not None else ()
     for layer, (block, view) in enumerate(zip(host.blocks, host.views)):
         entering, leaving = counts[:, layer], counts[:, layer + 1]
         total = total + view.macs(block, entering + prefix, (leaving if where == "block" else entering) + prefix)
         if reducer is not None and layer in sites:
+            came = entering if where == "block" else counts[:, layer - 1] if layer else embedded
             total = total + torch.tensor(
-                [reducer.macs(int(n), layer, setting) for n in entering.tolist()], dtype=torch.float64
+                [reducer.macs(int(n), layer, setting) for n in came.tolist()], dtype=torch.float64
             )
     return total
 

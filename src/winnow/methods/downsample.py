@@ -53,7 +53,7 @@ class Downsample(Method):
             low = max(step, self.size // step * step)
             raise ValueError(f"{self}: size must be a multiple of the patch size {step}, e.g. {low} or {low + step}")
 
-    def schedule(self, setting: Setting) -> tuple[int, ...]:
+    def counts(self, setting: Setting) -> tuple[int, ...]:
         assert setting.grid is not None and setting.patch is not None
         h, w = self.grid(setting.grid, setting.patch)
         return (h * w,) * (setting.depth + 1)

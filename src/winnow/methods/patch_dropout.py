@@ -43,7 +43,7 @@ class PatchDropoutReducer(Reducer):
 
     def forward(self, tokens: Tokens, signals: Signals, layer: int) -> Tokens:
         m = self.count(tokens.n, layer)
-        if not self.training or m == tokens.n:
+        if self.idle(tokens.n, layer) or m == tokens.n:
             return tokens
         assert signals.noise is not None
         return drop(tokens, top(signals.noise, m), score=signals.noise if signals.watched else None)

@@ -68,9 +68,9 @@ class ToMe(Method):
                 f"at most half of them find a partner, r <= {setting.patches // 2}"
             )
 
-    def schedule(self, setting: Setting) -> tuple[int, ...]:
+    def counts(self, setting: Setting) -> tuple[int, ...]:
         if setting.patches is None:
-            raise ValueError("the schedule needs the model's own grid, which it does not say")
+            raise ValueError("the counts need the model's own grid, which it does not say")
         counts = [setting.patches]
         for layer in range(setting.depth):
             counts.append(self.count(counts[-1], layer, depth=setting.depth))

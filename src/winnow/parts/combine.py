@@ -46,9 +46,30 @@ def total(x: Tensor, weight: Tensor, move: Tensor, m: int) -> Tensor:
 
 def merge(tokens: Tokens, group: Tensor, m: int, **more) -> Tokens:
     """Each of the m groups [B, N] becomes its size-weighted mean."""
-    move = places(group)
-    merged = tokens.moved(tokens.x, move, m, **more)
-    # shares are taken before summing, so that half precision never holds a sum over many patches
+    return average(tokens, places(group), m, **more)
+
+
+def average(
+    tokens: Tokens, move: Tensor, m: int, valid: Tensor | None = None, weight: Tensor | None = None, **more
+) -> Tokens:
+    """Tokens that go to one of m places (`move` [B, N], -1 padding) become its mean by size, and by `weight` [B, N]."""
     precise = torch.promote_types(tokens.x.dtype, torch.float32)
-    share = tokens.ledger.size().to(precise) / merged.ledger.size().gather(1, move)
-    return tokens.moved(total(tokens.x, share, move, m), move, m, **more)
+    size = tokens.ledger.size().to(precise)
+    size = size if weight is None else size * weight
+    here = move.clamp_min(0)
+    # shares are taken before summing, so that half precision never holds a sum over many patches
+    share = size / size.new_zeros(size.shape[0], m).scatter_add(1, here, size).gather(1, here)
+    return tokens.moved(total(tokens.x, share, here, m), move, m, valid, **more)
+
+
+def segments(tokens: Tokens, boundary: Tensor, m: int, ragged: bool, **more) -> Tokens:
+    """Each run of tokens up to one with boundary [B, N] 1 (the last real token has it) becomes its mean, in m places.
+
+    The gradient to the boundaries is Dynamic Token Pooling's: later ends move tokens of a run up or down in its mean.
+    ragged: images have different numbers of boundaries, and places left over are padding.
+    """
+    valid, at = tokens.ledger.valid, boundary.cumsum(1) - boundary
+    move = at.detach().round().long()
+    move = move if valid is None else move.masked_fill(~valid, -1)
+    real = torch.arange(m, device=move.device) < boundary.detach().sum(1, keepdim=True) if ragged else None
+    return average(tokens, move, m, real, 1 + at - at.detach() if at.requires_grad else None, **more)
