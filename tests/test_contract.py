@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 
 import winnow
-from winnow import Below, Downsample, EViT, Exactly, Grid, Keep, NormThreshold, Pool, Random, Remove, ToMe, TopK
+from winnow import (
+    Below,
+    CurriculumDrop,
+    Downsample,
+    EViT,
+    Exactly,
+    Grid,
+    Keep,
+    NormThreshold,
+    Pool,
+    Random,
+    Remove,
+    ToMe,
+    TopK,
+)
 from winnow.checks import CHECKS, check_method
 
 DEFAULTS = [method() for method in winnow.METHODS]
@@ -32,6 +46,10 @@ OTHERS = [
     NormThreshold(below=Below(0.3, of="quantile"), before=(1,)),
     NormThreshold(below=(Below(0.2, of="quantile"), Below(0.9, of="mean")), before=(1, 2)),
     Downsample(size=32),
+    CurriculumDrop(blocks="all", saliency="received", at_eval=True),
+    CurriculumDrop(blocks=(0, 2), per="model", saliency="random"),
+    CurriculumDrop(blocks=(0, 1), final=(0.5, 0.3), learn="both", reindex=True),
+    CurriculumDrop(blocks=(0, 1), saliency="gradient", learn="positions"),
 ]
 SLOW = {"compiles_as_one_graph", "exports_with_a_free_batch"}
 ALSO_SLOW = [

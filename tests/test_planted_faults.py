@@ -522,7 +522,7 @@ def the_reducer_rounds_otherwise(monkeypatch):
 
 @fault("executed_tokens_are_promised", "4 counts for 2 blocks", TOPK)
 def the_schedule_forgets_the_entry(monkeypatch):
-    return twin(TOPK, schedule=lambda self, setting: TopK.schedule(self, setting)[1:])
+    return twin(TOPK, counts=lambda self, setting: TopK.counts(self, setting)[1:])
 
 
 @fault("prefix_never_reaches_the_reducer", "the ledger covers 65 tokens, the image has 64 patches", Grid(layers=(1,)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers import AttentionPoolLatent, HybridEmbed, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def host(model: Any) -> Host:
             f"{type(pool).__name__} as the head mixes all tokens by place: use global_pool='avg' or 'token'"
         )
     embed = model.patch_embed
-    plain = type(embed).forward is PatchEmbed.forward
+    plain, known = type(embed).forward is PatchEmbed.forward, embedding_macs(embed) is not None
     return Host(
         family="timm VisionTransformer",
         setting=Setting(
@@ -63,7 +63,7 @@ def host(model: Any) -> Host:
             Patch(model, "forward_intermediates", intermediates),
         ),
         accepts=frozenset({"block", "between", "input"} if plain else {"block", "between"}),
-        outside_macs=partial(outside_macs, model) if plain else None,
+        outside_macs=partial(outside_macs, model) if known else None,
     )
 
 
@@ -155,9 +155,25 @@ def intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **word
     return each(out) if isinstance(out, list) else (out[0], each(out[1]))
 
 
+def embedding_macs(embed: Any) -> float | None:
+    """MACs per patch of the embedding: its projection, after any plain chain of convolutions; None where unknown."""
+    if type(embed).forward is PatchEmbed.forward:
+        return float(embed.proj.weight.numel())
+    if type(embed) is not HybridEmbed or type(embed.backbone) is not nn.Sequential:
+        return None
+    macs, pixels = 0.0, 1
+    for layer in (embed.proj, *reversed(embed.backbone)):
+        if isinstance(layer, nn.Conv2d):
+            macs += layer.weight.numel() * pixels
+            pixels *= layer.stride[0] * layer.stride[1]  # every stride ahead makes more pixels of one patch
+        elif any(True for _ in layer.children()):
+            return None
+    return macs
+
+
 def outside_macs(model: Any, patches: Tensor, n: Tensor, include_prefix: bool | None = None) -> Tensor:
     """Patch embedding, attention pooling and classifier of one image."""
-    macs = model.patch_embed.proj.weight.numel() * patches
+    macs = (embedding_macs(model.patch_embed) or 0.0) * patches
     pool = getattr(model, "attn_pool", None)
     if pool is not None:
         include = model.pool_include_prefix if include_prefix is None else include_prefix

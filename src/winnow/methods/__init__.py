@@ -6,6 +6,7 @@ One file is one method; to add one, see CONTRIBUTING.md.
 from __future__ import annotations
 
 from ..reducer import Method
+from .curriculum_drop import CurriculumDrop
 from .downsample import Downsample
 from .evit import EViT
 from .grid import Grid
@@ -24,6 +25,7 @@ METHODS: tuple[type[Method], ...] = (
     TopK,
     NormThreshold,
     PatchDropout,
+    CurriculumDrop,
     Random,
     Grid,
     Pool,
