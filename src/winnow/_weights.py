@@ -70,6 +70,17 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, spec: str) ->
     raise ValueError(f"{path.name} does not fit {spec}: {wrong}: {_advice(missing, surplus, state, own)}")
 
 
+def transferred(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without a reducer's weights, and with the model's own head where its number of classes is another."""
+    own = model.state_dict()
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    names = [name for name, module in model.named_modules() if module is head]
+    mine = {key for key in own if any(key.startswith(f"{name}.") for name in names)}
+    differ = any(key not in state or state[key].shape != own[key].shape for key in mine)
+    kept = {key: value for key, value in state.items() if not key.startswith("reducer.")}
+    return kept | {key: own[key] for key in mine} if differ else kept
+
+
 def _first(keys: Sequence[str]) -> str:
     return ", ".join(keys[:2]) + (", ..." if len(keys) > 2 else "")
 

@@ -1,15 +1,15 @@
-"""load_model: a timm model or open_clip image tower by name, with its weights and the transform that belongs to it.
+"""load_model: a timm, open_clip or Hugging Face vision model by name, with its weights and the transform that belongs to it.
 
-Winnow's own; the `timm:NAME`, `open_clip:NAME/TAG` spelling keeps each host's own names.
+Winnow's own; the `timm:NAME`, `open_clip:NAME/TAG`, `hf:ID` spelling keeps each host's own names.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from winnow._weights import file_hash, fit, read_weights, state_hash
+from winnow._weights import file_hash, fit, read_weights, state_hash, transferred
 
 Numbers = float | Sequence[float]
 
@@ -43,7 +43,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class _Wish:
+class Wish:
     """What the caller asked for beside the name."""
 
     weights: Path | None
@@ -54,6 +54,8 @@ class _Wish:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     crop_pct: float | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    new_head: bool = False
 
 
 def load_model(
@@ -67,12 +69,16 @@ def load_model(
     mean: Numbers | None = None,
     std: Numbers | None = None,
     crop_pct: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    new_head: bool = False,
 ) -> LoadedModel:
-    """Build `timm:NAME` or the image tower of `open_clip:NAME[/TAG]`, in evaluation mode, on the CPU.
+    """Build `timm:NAME`, the image tower of `open_clip:NAME[/TAG]`, or `hf:ID_OR_PATH`, in evaluation mode, on the CPU.
 
     weights: a .safetensors, .pth, .pt or .bin file; pretrained (or a TAG): the host's own download; neither: random
     weights drawn from `seed`, the global generator untouched. With weights, a TAG only chooses the preprocessing.
-    size, mean, std, crop_pct replace what the model's own configuration says.
+    A Hugging Face folder that holds weights brings them.
+    size, mean, std, crop_pct replace what the model's own configuration says. options: more arguments of
+    timm.create_model. new_head: weights of another number of classes, or with a reducer's, are taken without these.
     ValueError or FileNotFoundError, one line, for an unknown name, a missing package, or weights that do not fit.
     """
     if weights is not None and pretrained:
@@ -86,15 +92,12 @@ def load_model(
         raise ValueError(f"size={size}: give pixels, as one number or as (height, width)")
     file = None if weights is None else Path(weights).expanduser()
     channels = _channels("mean", mean), _channels("std", std)
-    wish = _Wish(file, pretrained, num_classes, seed, pair, *channels, crop_pct)
+    wish = Wish(file, pretrained, num_classes, seed, pair, *channels, crop_pct, dict(options or {}), new_head)
     host, _, name = spec.partition(":")
-    if host == "hf":
-        raise ValueError(
-            f"{spec}: Hugging Face models come in a later version; today: timm:NAME or open_clip:NAME[/TAG]"
-        )
     if host not in _HOSTS or not name:
         raise ValueError(
-            f"unknown model {spec!r}: write timm:NAME or open_clip:NAME[/TAG], as in timm:vit_small_patch16_224"
+            f"unknown model {spec!r}: write timm:NAME, open_clip:NAME[/TAG] or hf:ID_OR_PATH, "
+            "as in timm:vit_small_patch16_224"
         )
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"no such weights file: {file}")
@@ -110,7 +113,7 @@ def _channels(what: str, value: Numbers | None) -> tuple[float, ...] | None:
     return values
 
 
-def _load_timm(spec: str, name: str, wish: _Wish) -> LoadedModel:
+def _load_timm(spec: str, name: str, wish: Wish) -> LoadedModel:
     try:
         import timm
     except ImportError:
@@ -123,13 +126,13 @@ def _load_timm(spec: str, name: str, wish: _Wish) -> LoadedModel:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
     if tag and tag not in tags:
         raise ValueError(f"{spec}: {plain} has no pretrained tag {tag!r} (there are: {', '.join(tags) or 'none'})")
-    settings = {} if wish.num_classes is None else {"num_classes": wish.num_classes}
-    model = _build(spec, wish, lambda: timm.create_model(name, pretrained=wish.pretrained, **settings))
-    hashed = _weigh(spec, model, wish)
+    settings = dict(wish.options) | ({} if wish.num_classes is None else {"num_classes": wish.num_classes})
+    model = build(spec, wish, lambda: timm.create_model(name, pretrained=wish.pretrained, **settings))
+    hashed = weigh(spec, model, wish)
     config = timm.data.resolve_model_data_config(model)
     if wish.size is not None and wish.size != tuple(config["input_size"][1:]):
         if hasattr(model, "set_input_size"):
-            _one_line(spec, "cannot take this size", lambda: model.set_input_size(img_size=wish.size))
+            one_line(spec, "cannot take this size", lambda: model.set_input_size(img_size=wish.size))
         elif model.pretrained_cfg.get("fixed_input_size"):
             raise ValueError(f"{spec} takes {config['input_size'][1:]} pixels only: leave size out")
         config["input_size"] = (config["input_size"][0], *wish.size)
@@ -147,7 +150,7 @@ def _load_timm(spec: str, name: str, wish: _Wish) -> LoadedModel:
     )
 
 
-def _load_open_clip(spec: str, name: str, wish: _Wish) -> LoadedModel:
+def _load_open_clip(spec: str, name: str, wish: Wish) -> LoadedModel:
     try:
         import open_clip
     except ImportError:
@@ -155,9 +158,10 @@ def _load_open_clip(spec: str, name: str, wish: _Wish) -> LoadedModel:
     plain, _, tag = name.partition("/")
     if plain not in open_clip.list_models():
         raise ValueError(_unknown(spec, plain, open_clip.list_models()))
-    if wish.num_classes is not None or wish.crop_pct is not None:
+    if wish.num_classes is not None or wish.crop_pct is not None or wish.options:
         raise ValueError(
-            f"{spec} is an image tower: it has no classes and crops nothing; leave num_classes, crop_pct out"
+            f"{spec} is an image tower: it has no classes and crops nothing; leave num_classes, crop_pct, options out "
+            "(timm has the same towers with a head, e.g. timm:vit_base_patch32_clip_224)"
         )
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if (tag and tag not in tags) or (wish.pretrained and not tag):
@@ -171,7 +175,7 @@ def _load_open_clip(spec: str, name: str, wish: _Wish) -> LoadedModel:
         settings |= {"pretrained": tag, "require_pretrained": True}
     else:  # the text tower is not used: one of a few numbers stands in for it, so that nothing large is drawn
         settings |= {"text_cfg": {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}}
-    clip = _build(spec, wish, lambda: open_clip.create_model(plain, **settings))
+    clip = build(spec, wish, lambda: open_clip.create_model(plain, **settings))
     # without a tag open_clip assumes CLIP's own mean and std, which is wrong for SigLIP and others
     chosen = dict(clip.visual.preprocess_cfg) | (
         {} if wish.pretrained else _agreed(open_clip, plain, [tag] if tag else tags)
@@ -179,13 +183,23 @@ def _load_open_clip(spec: str, name: str, wish: _Wish) -> LoadedModel:
     mean, std = wish.mean or chosen["mean"], wish.std or chosen["std"]
     size = chosen["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
-    hashed = _weigh(spec, clip.visual, wish, lambda state: _tower(open_clip, state, clip))
+    hashed = weigh(spec, clip.visual, wish, lambda state: _tower(open_clip, state, clip))
     ways = {key: chosen[key] for key in ("interpolation", "resize_mode", "fill_color")}
     transform = open_clip.image_transform(size, is_train=False, mean=tuple(mean), std=tuple(std), **ways)
     return LoadedModel(clip.visual.eval(), spec, transform, size, tuple(mean), tuple(std), None, hashed)
 
 
-_HOSTS: dict[str, Callable[[str, str, _Wish], LoadedModel]] = {"timm": _load_timm, "open_clip": _load_open_clip}
+def _load_hf(spec: str, name: str, wish: Wish) -> LoadedModel:
+    from ._hf_model import load
+
+    return load(spec, name, wish)
+
+
+_HOSTS: dict[str, Callable[[str, str, Wish], LoadedModel]] = {
+    "timm": _load_timm,
+    "open_clip": _load_open_clip,
+    "hf": _load_hf,
+}
 
 
 def _agreed(open_clip: Any, name: str, tags: Sequence[str]) -> dict[str, Any]:
@@ -208,11 +222,13 @@ def _tower(open_clip: Any, state: dict[str, Tensor], clip: nn.Module) -> dict[st
     return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
 
 
-def _weigh(spec: str, model: nn.Module, wish: _Wish, convert: Callable | None = None) -> str | None:
+def weigh(spec: str, model: nn.Module, wish: Wish, convert: Callable | None = None) -> str | None:
     """Fill `model` from the wished file, if any; the hash of what is in it now."""
     if wish.weights is None:
         return state_hash(model.state_dict()) if wish.pretrained else None
     state = read_weights(wish.weights)
+    if wish.new_head:
+        state = transferred(model, state)
     fit(model, convert(state) if convert else state, wish.weights, spec)
     return file_hash(wish.weights)
 
@@ -223,17 +239,17 @@ def _unknown(spec: str, name: str, known: Sequence[str]) -> str:
     return f"unknown model {spec!r}: {host} has no {name!r}; close names: {', '.join(close)}"
 
 
-def _build(spec: str, wish: _Wish, create: Callable[[], Any]) -> Any:
+def build(spec: str, wish: Wish, create: Callable[[], Any]) -> Any:
     """Run a host's constructor with its own seeded generator, and its failures as one line."""
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.default_generator.manual_seed(wish.seed)  # torch.manual_seed would also seed the accelerators
         if not wish.pretrained:
-            return _one_line(spec, "cannot be built", create)
-        with _reachable_hub():
-            return _one_line(spec, "cannot be downloaded; offline, --weights FILE works", create)
+            return one_line(spec, "cannot be built", create)
+        with reachable_hub():
+            return one_line(spec, "cannot be downloaded; offline, --weights FILE works", create)
 
 
-def _one_line(spec: str, what: str, act: Callable[[], Any]) -> Any:
+def one_line(spec: str, what: str, act: Callable[[], Any]) -> Any:
     try:
         return act()
     except Exception as error:  # hosts and hubs raise a zoo of types, most of them meant for a traceback
@@ -242,7 +258,7 @@ def _one_line(spec: str, what: str, act: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hosts log to the root logger, which also gives it a handler: silence them and take that handler away again."""
     root = logging.getLogger()
     handlers, disabled = list(root.handlers), root.manager.disable
@@ -255,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reachable_hub() -> Iterator[None]:
+def reachable_hub() -> Iterator[None]:
     """Where the hub's name does not resolve, use its cache at once instead of retrying for most of a minute."""
     try:
         from huggingface_hub import constants

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import compare, doctor, list_, measure, report, show
+from . import compare, doctor, list_, lr_find, measure, report, show, train
 
 # typer may carry its own copy of click, so the base of its errors is looked up rather than imported
 Usage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
 )  # fmt: skip
-for verb in (list_, show, doctor, measure, compare, report):
+for verb in (list_, show, doctor, measure, compare, report, train, lr_find):
     app.command(name=verb.NAME)(verb.command)
 
 

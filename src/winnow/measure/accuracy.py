@@ -83,6 +83,14 @@ def _paired(against: str, ours: np.ndarray, theirs: Any) -> Paired:
     return Paired(against=against, wins=wins, losses=losses, p=p)
 
 
+def macro_f1(confusion: Any) -> float:
+    """Mean F1 over the classes that occur, from counts [C, C] (row: label, column: answer)."""
+    table = np.asarray(confusion, dtype=np.float64)
+    right, wanted, given = np.diag(table), table.sum(1), table.sum(0)
+    there = (wanted + given) > 0
+    return float((2 * right[there] / (wanted + given)[there]).mean())
+
+
 def _bits(values: Any) -> np.ndarray:
     bits = np.asarray(values)
     if bits.dtype != np.bool_ or bits.ndim != 1:

@@ -107,6 +107,39 @@ class Latency(_Part):
     threads: int | None = None
 
 
+class Training(_Part):
+    """How the model of this row was trained, and what that cost; `winnow train` writes it."""
+
+    recipe: str
+    settings: dict[str, str | int | float | bool | None] = {}
+    """Every key of the recipe that is not its default, dotted."""
+    epochs: int
+    steps: int
+    batch: int
+    processes: int = 1
+    runtime_s: float
+    """Seconds of training steps; evaluation and saving apart."""
+    samples_per_s: float
+    steps_per_s: float
+    loss: float
+    """Mean over all steps."""
+    best: float | None = None
+    """Highest validation top-1 of any epoch, and which epoch."""
+    best_epoch: int | None = None
+    last: float | None = None
+    """Validation top-1, top-5, macro F1 and loss of the last epoch."""
+    top5: float | None = None
+    f1: float | None = None
+    val_loss: float | None = None
+    train_top1: float | None = None
+    """Of the last epoch's own steps, augmentation included."""
+    gap: float | None = None
+    tokens: list[float] | None = None
+    """Patch tokens executed per block in training, mean over all steps."""
+    figures: dict[str, float] = {}
+    """What the method reported in the last epoch, mean over its steps: boundaries, losses, ..."""
+
+
 class Row(_Part):
     """One measured configuration."""
 
@@ -127,6 +160,7 @@ class Row(_Part):
     objects: Objects | None = None
     latency: list[Latency] = []
     memory_mib: float | None = None
+    train: Training | None = None
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -189,7 +223,7 @@ def environment() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "platform": platform.machine(), "cpu": _cpu_name()}
     found["threads"] = str(torch.get_num_threads())
-    for name in ("winnow-vision", "torch", "timm", "open_clip_torch", "transformers", "torchvision", "numpy"):
+    for name in ("winnow-vision", "torch", "timm", "open_clip_torch", "transformers", "torchvision", "accelerate", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

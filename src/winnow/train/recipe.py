@@ -1,0 +1,246 @@
+"""A recipe: every setting of one training run, typed, read from YAML; an unknown key is an error.
+
+Winnow's own; document 003 trained with 0.5 instead of 0.35 because its configuration ignored a key in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .._parse import parse
+from ..data.training import Augment
+
+SHIPPED = files("winnow") / "recipes"
+LOOSE = ("log.", "eval.", "data.workers")
+"""Keys that may change between a run and its resumption."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ModelPart(_Part):
+    """The network that is trained."""
+
+    name: str = Field(description="timm:NAME or open_clip:NAME[/TAG]")
+    pretrained: bool = Field(False, description="start from the model's own weights (a download)")
+    weights: Path | None = Field(None, description="start from this file; another number of classes gets a new head")
+    num_classes: int = Field(1000, ge=1, description="classes")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth")
+    drop: float = Field(0.0, ge=0, lt=1, description="dropout (timm's drop_rate)")
+    options: dict[str, Any] = Field({}, description="more keyword arguments of timm.create_model")
+
+
+class Source(_Part):
+    """Images as `winnow.data.open_images` finds them."""
+
+    path: str = Field(description="folder, CSV, parquet, CIFAR folder, or scenes / photographs")
+    split: str = Field("", description="train, test, train[-5000:], ...")
+    limit: int | None = Field(None, ge=1, description="at most so many, evenly spaced")
+
+
+class DataPart(_Part):
+    """What is trained and validated on."""
+
+    train: Source
+    val: Source
+    workers: int = Field(0, ge=0, description="processes that decode ahead")
+    mean: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
+    std: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
+
+
+class OptimPart(_Part):
+    """The optimiser and what surrounds a step."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="optimiser")
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="not on norms, biases, positions and class tokens")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's; the first is SGD's momentum")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of averaged weights, which are then the evaluated ones"
+    )
+    accumulate: int = Field(1, ge=1, description="parts a process's batch is taken in")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="automatic mixed precision")
+    checkpoint: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _not_a_bool(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML 1.1 reads `no` as false
+
+
+class SchedulePart(_Part):
+    """The learning rate over training, per step."""
+
+    kind: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear from 0; may be a fraction")
+    warmup_steps: int = Field(0, ge=0, description="the same, in steps")
+    min_lr: float = Field(0.0, ge=0, description="where the cosine ends")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> SchedulePart:
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("give warmup_epochs or warmup_steps, not both")
+        return self
+
+
+class EvalPart(_Part):
+    """Evaluation on the whole validation set."""
+
+    batch: int = Field(256, ge=1, description="images at a time, per process")
+    every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch always has one")
+    crop_pct: float | None = Field(None, gt=0, le=1, description="centre crop; the model's own if left out")
+
+
+class LogPart(_Part):
+    """What is written down while training."""
+
+    every: int = Field(50, ge=1, description="steps between log lines")
+    tensorboard: bool = Field(False, description="also write tensorboard events into OUT/tensorboard")
+
+
+class Recipe(_Part):
+    """One training run."""
+
+    task: Literal["classify"] = Field("classify", description="what is learned")
+    model: ModelPart
+    method: str | None = Field(None, description="a reduction method as in DRIP(rate=0.25); null for the plain model")
+    freeze: Literal["none", "backbone"] = Field("none", description="backbone: only head and reducer learn")
+    data: DataPart
+    augment: Augment = Augment()
+    optim: OptimPart = OptimPart()
+    schedule: SchedulePart = SchedulePart()
+    epochs: int = Field(ge=1, description="passes over the training data")
+    batch: int = Field(ge=1, description="images per step over all processes")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    seed: int = Field(0, ge=0, description="of weights, order, augmentation, dropout and noise")
+    eval: EvalPart = EvalPart()
+    log: LogPart = LogPart()
+    compile: bool = Field(False, description="torch.compile the model")
+
+    @field_validator("method")
+    @classmethod
+    def _spelled(cls, value: str | None) -> str | None:
+        return None if value is None else repr(parse(value))
+
+
+def load_recipe(name: str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a YAML file, with `a.b=c` settings put in.
+
+    FileNotFoundError / ValueError, one line, where there is none, or a key is unknown or has a wrong value.
+    """
+    path = find(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no recipe: write keys and values, as in model: {{name: ...}}")
+    for text in sets:
+        put(raw, text)
+    return check(raw, str(path))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: a path that exists, or a name among the shipped ones."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = sorted(one.name.removesuffix(".yaml") for one in SHIPPED.iterdir() if one.name.endswith(".yaml"))
+    if str(name) in shipped:
+        return Path(str(SHIPPED / f"{name}.yaml"))
+    near = difflib.get_close_matches(str(name), shipped, 1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped) or 'none'}"
+    raise FileNotFoundError(f"no recipe {name}: give a YAML file or a shipped name; {hint}")
+
+
+def check(raw: dict[str, Any], where: str) -> Recipe:
+    """The typed recipe; ValueError names the first wrong key and the nearest right one."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ValueError(f"{where}: unknown key {key}; {_nearest(key)}") from None
+        if first["type"] == "missing":
+            raise ValueError(f"{where}: {key} is missing") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {key}: {said} (got {first['input']!r})") from None
+
+
+def put(raw: dict[str, Any], text: str) -> None:
+    """Set one `a.b=c` in the raw recipe; the value is read as YAML. ValueError where it is not of that form."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {text}: write KEY=VALUE, as in optim.lr=1e-3")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        found = value
+    *parents, last = key.strip().split(".")
+    here = raw
+    for depth, name in enumerate(parents, 1):
+        if here.get(name) is None:
+            here[name] = {}
+        here = here[name]
+        if not isinstance(here, dict):
+            raise ValueError(f"--set {text}: {'.'.join(parents[:depth])} holds a value, not keys")
+    here[last] = found
+
+
+def check_same(saved: dict[str, Any], recipe: Recipe) -> None:
+    """ValueError names the first key in which a run to be resumed differs from its recipe now."""
+    now = dict(flat(recipe.model_dump(mode="json")))
+    before = dict(flat(saved))
+    for key in before | now:
+        if not key.startswith(LOOSE) and before.get(key) != now.get(key):
+            raise ValueError(
+                f"the run was started with {key}={before.get(key)}, the recipe says {now.get(key)}: "
+                "resume with the recipe it was started with (recipe.yaml beside its checkpoints)"
+            )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested keys."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def describe(part: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, meaning) of every key, in order."""
+    for name, field in part.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from describe(kind, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        yield prefix + name, default, field.description or ""
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _, _ in describe()]
+    parent, _, leaf = key.rpartition(".")
+    beside = [name for name in known if name.rpartition(".")[0] == parent]
+    leaves = {name.rpartition(".")[2]: name for name in [*known, *beside]}
+    near = difflib.get_close_matches(leaf, leaves, 1, cutoff=0.6)
+    if near:
+        return f"did you mean {leaves[near[0]]}?"
+    return f"keys there: {', '.join(name.rpartition('.')[2] for name in beside) or ', '.join(known)}"

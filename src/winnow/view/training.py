@@ -1,0 +1,89 @@
+"""Curves of one or several training runs: loss and accuracy by epoch, training beside validation, tokens executed.
+
+Winnow's own; the colours are those of the other charts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from winnow.view import files
+from winnow.view.curves import COLOURS, INK, MUTED
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def training(runs: Mapping[str, Lines]) -> Any:
+    """A matplotlib Figure of runs by name, each the lines of its log.jsonl; ValueError where no epoch is done."""
+    from matplotlib.figure import Figure
+
+    epochs = {name: [line for line in lines if line["event"] == "epoch"] for name, lines in runs.items()}
+    if not any(epochs.values()):
+        raise ValueError("curves need at least one finished epoch")
+    reduced = any("tokens" in line for lines in epochs.values() for line in lines)
+    sheet = Figure(figsize=(4.2 * (2 + reduced), 3.8), layout="constrained", facecolor="white")
+    axes = sheet.subplots(1, 2 + reduced)
+    for i, (name, lines) in enumerate(epochs.items()):
+        colour, label = COLOURS[i % len(COLOURS)], "" if len(epochs) == 1 else f"{name}, "
+        steps = [line for line in runs[name] if line["event"] == "step"]
+        if len(epochs) == 1 and len(steps) > 1:
+            per_epoch = max(lines[0]["step"] / lines[0]["epoch"], 1) if lines else 1
+            at = [line["step"] / per_epoch for line in steps]
+            axes[0].plot(at, [line["loss"] for line in steps], color=MUTED, linewidth=0.6, alpha=0.5)
+        for axis, key, scale in ((axes[0], "loss", 1), (axes[1], "top1", 100)):
+            _line(axis, lines, "train", key, scale, {"color": colour, "dashes": (4, 2), "label": f"{label}training"})
+            _line(axis, lines, "val", key, scale, {"color": colour, "label": f"{label}validation"})
+        if reduced:
+            _tokens(axes[2], name, lines, colour)
+    for axis, words in zip(axes, ("loss", "top-1 accuracy, %", "patch tokens executed, mean over blocks")):
+        _dress(axis, words)
+    return sheet
+
+
+def save_training(runs: Mapping[str, Lines], path: str | Path) -> Path:
+    """Save the curves as PNG or SVG, by suffix."""
+    form = files.kind(path)
+    return files.write(path, files.encode(training(runs), form))
+
+
+def save_rates(rates: Sequence[float], losses: Sequence[float], suggested: float, path: str | Path) -> Path:
+    """Save the learning-rate finder's plot, smoothed loss against rate, as PNG or SVG by suffix."""
+    from matplotlib.figure import Figure
+
+    form = files.kind(path)
+    sheet = Figure(figsize=(6, 3.8), layout="constrained", facecolor="white")
+    axis = sheet.add_subplot()
+    axis.plot(rates, losses, color=COLOURS[0], linewidth=1.8)
+    axis.axvline(suggested, color=COLOURS[1], linewidth=1.2, dashes=(4, 2), label=f"suggested: {suggested:.2e}")
+    axis.set_xscale("log")
+    _dress(axis, "loss, smoothed", "learning rate")
+    return files.write(path, files.encode(sheet, form))
+
+
+def _line(axis: Any, lines: Lines, part: str, key: str, scale: float, style: dict[str, Any]) -> None:
+    found = [(line["epoch"], scale * line[part][key]) for line in lines if key in line.get(part, {})]
+    if found:
+        marker = {"marker": "o", "markersize": 3.5} if len(found) < 30 else {}
+        axis.plot(*zip(*found), linewidth=1.6, **marker, **style)
+
+
+def _tokens(axis: Any, name: str, lines: Lines, colour: str) -> None:
+    found = [(line["epoch"], sum(line["tokens"]) / len(line["tokens"])) for line in lines if "tokens" in line]
+    if found:
+        axis.plot(*zip(*found), color=colour, linewidth=1.6, marker="o", markersize=3.5, label=name)
+        axis.set_ylim(bottom=0)
+
+
+def _dress(axis: Any, words: str, across: str = "epoch") -> None:
+    axis.set_ylabel(words, color=INK, fontsize=9.5)
+    axis.set_xlabel(across, color=INK, fontsize=9.5)
+    axis.grid(axis="y", color=MUTED, alpha=0.22, linewidth=0.7)
+    axis.tick_params(colors=INK, labelsize=9, color=MUTED)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(MUTED)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
