@@ -6,6 +6,7 @@ import pytest
 
 import winnow
 from winnow import (
+    DRIP,
     Below,
     CurriculumDrop,
     Downsample,
@@ -50,6 +51,12 @@ OTHERS = [
     CurriculumDrop(blocks=(0, 2), per="model", saliency="random"),
     CurriculumDrop(blocks=(0, 1), final=(0.5, 0.3), learn="both", reindex=True),
     CurriculumDrop(blocks=(0, 1), saliency="gradient", learn="positions"),
+    DRIP(rate=(0.5, 0.3), after=(1, 2)),
+    DRIP(rate=0.3, after=0, loss="interval", inference="even"),
+    DRIP(rate=0.25, predictor="hnet", inference="threshold"),
+    DRIP(rate=0.2, after=1, loss="lower_bound", inference="sample"),
+    DRIP(rate=0.3, predictor="entropy"),
+    DRIP(rate=0.3, predictor="spikes", after=1),
 ]
 SLOW = {"compiles_as_one_graph", "exports_with_a_free_batch"}
 ALSO_SLOW = [

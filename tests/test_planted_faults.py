@@ -15,10 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import winnow
-from winnow import Below, EViT, Grid, Keep, NormThreshold, Random, ToMe, TopK, _parse, _run, _save
+from winnow import DRIP, Below, EViT, Grid, Keep, NormThreshold, Random, ToMe, TopK, _parse, _run, _save
 from winnow.adapters import timm_vit
 from winnow.checks import CHECKS, check_method
 from winnow.measure.closed_form import check_counted
+from winnow.methods import drip
+from winnow.methods.drip import DRIPReducer
 from winnow.methods.evit import EViTReducer
 from winnow.methods.norm_threshold import NormThresholdReducer
 from winnow.methods.random import RandomReducer
@@ -33,6 +35,7 @@ TOPK = TopK(keep=Keep(0.5), layers=(1,))
 TOME = ToMe(r=16)
 EVIT = EViT(keep=Keep(0.5), layers=(1,))
 NORM = NormThreshold(below=Below(1.0, of="mean"), before=(1, 2))
+DRIPPED = DRIP(rate=0.25, after=1)
 
 
 def fault(check: str, message: str, good):
@@ -383,6 +386,82 @@ def counts_its_own_layers(monkeypatch):
             return super().forward(tokens, signals, (self.calls - 1) % self.depth)
 
     return twin(ToMe(r=(16, 9, 2)), Broken)
+
+
+def drips(reducer, good=DRIPPED):
+    build = lambda self, depth, width, heads, patches, prefix: reducer(self, width, patches, prefix)  # noqa: E731
+    return twin(good, build=build)
+
+
+@fault("gradient_reaches_every_weight", "boundary loss: no gradient for predictors", DRIPPED)
+def the_rate_loss_rounds_soft_counts(monkeypatch):
+    """Document 000's critical bug."""
+
+    class Broken(DRIPReducer):
+        def _losses(self, logit, soft, hard, *more):
+            rounded = (soft.sum(1, keepdim=True).round() / soft.shape[1]).expand_as(soft)
+            return super()._losses(logit, soft, rounded, *more)
+
+    return drips(Broken)
+
+
+@fault("gradient_reaches_every_weight", "task loss: no gradient for predictors", DRIPPED)
+def boundaries_are_made_whole_numbers_before_pooling(monkeypatch):
+    """What the later DRIP code does: the task never reaches the predictor."""
+    real = drip.segments
+    monkeypatch.setattr(drip, "segments", lambda tokens, ends, *a, **k: real(tokens, ends.long().float(), *a, **k))
+    return DRIPPED
+
+
+@fault("model_ignores_batch_mates", "outputs alone and in a batch", DRIPPED)
+def training_noise_follows_the_place_in_the_batch(monkeypatch):
+    def noise(self, layer, n):
+        return _run.uniform(torch.arange(len(self.run.key)), layer, n)
+
+    monkeypatch.setattr(_run.Seat, "_noise", noise)
+    return DRIPPED
+
+
+@fault("ways_agree", "masked against static", DRIPPED)
+def training_noise_follows_the_way(monkeypatch):
+    def noise(self, layer, n):
+        return _run.uniform(self.run.key, layer + 64 * (self.run.way == "masked"), n)
+
+    monkeypatch.setattr(_run.Seat, "_noise", noise)
+    return DRIPPED
+
+
+@fault("ways_agree", "losses, masked against static", DRIPPED)
+def the_loss_counts_padding(monkeypatch):
+    class Broken(DRIPReducer):
+        def loss(self):
+            return {"rate": self.seat.run.valid_counts[:, -1].float().mean() / self.seat.run.counts[-1]}
+
+    return drips(Broken)
+
+
+@fault("checkpointing_changes_nothing", "gradients with and without checkpointing", DRIPPED)
+def draws_by_its_own_counter(monkeypatch):
+    class Broken(DRIPReducer):
+        draws = 0
+
+        def forward(self, tokens, signals, layer):
+            self.draws += 1
+            noise = (signals.noise + 0.37 * self.draws).remainder(1)
+            return super().forward(tokens, dataclasses.replace(signals, noise=noise), layer)
+
+    return drips(Broken)
+
+
+@fault("copies_after_training", "graph leaves", DRIPPED)
+def keeps_its_losses_on_the_module(monkeypatch):
+    class Broken(DRIPReducer):
+        def forward(self, tokens, signals, layer):
+            out = super().forward(tokens, signals, layer)
+            self.last = out.losses
+            return out
+
+    return drips(Broken)
 
 
 @fault("copies_after_training", "graph leaves", LEARNED)

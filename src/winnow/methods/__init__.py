@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..reducer import Method
 from .curriculum_drop import CurriculumDrop
 from .downsample import Downsample
+from .drip import DRIP
 from .evit import EViT
 from .grid import Grid
 from .norm_threshold import NormThreshold
@@ -24,6 +25,7 @@ METHODS: tuple[type[Method], ...] = (
     EViT,
     TopK,
     NormThreshold,
+    DRIP,
     PatchDropout,
     CurriculumDrop,
     Random,
