@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
@@ -205,8 +206,7 @@ def drawing(*key: int) -> Iterator[None]:
 def _randaugment(text: str, size: tuple[int, int], mean: Any, how: InterpolationMode) -> Callable:
     """timm's, with its own settings for the size and the fill colour (timm.data.transforms_factory)."""
     fill = tuple(min(255, round(255 * channel)) for channel in mean)
-    resample = {InterpolationMode.BILINEAR: Image.BILINEAR, InterpolationMode.BICUBIC: Image.BICUBIC}[how]
-    words = {"translate_const": int(min(size) * 0.45), "img_mean": fill, "interpolation": resample}
+    words = {"translate_const": int(min(size) * 0.45), "img_mean": fill, "interpolation": str_to_pil_interp(how.value)}
     return rand_augment_transform(text, words)
 
 
