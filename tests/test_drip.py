@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,10 +19,13 @@ import winnow
 from winnow import DRIP, Padded
 from winnow._reduce import seat_of
 from winnow.backbones.drip_seed001 import Predictor, Seed001, downsample
+from winnow.cli import main
+from winnow.measure import record
 from winnow.parts import loss as losses
 from winnow.parts.choose import evenly, most_likely, relaxed
 from winnow.parts.combine import segments
 from winnow.parts.score import entropy, spikes
+from winnow.recipes import seed001_flops
 from winnow.reducer import Signals
 from winnow.tokens import Ledger, Tokens
 
@@ -500,3 +506,94 @@ def test_boundary_predictor_of_dynamic_token_pooling():
 def test_spikes_are_those_of_dynamic_token_pooling():
     case = reference("dtp")["spikes"]
     assert torch.equal(spikes(case["entropy"].T) > 0, case["left2"].T)
+
+
+# ---- training holds the rate
+
+
+def trained_ratio(rate: float, loss: str = "prior", steps: int = 60) -> float:
+    """Mean boundary ratio of the last steps, from a start at one half, with a task beside the rate loss."""
+    model = winnow.reduce(vit(depth=3), DRIP(rate=rate, after=1, loss=loss)).train()
+    reducer, found = winnow.reducer_of(model), []
+    torch.nn.init.zeros_(reducer.predictors[0].out.bias)
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    images, targets = torch.randn(32, 3, 48, 48), torch.arange(32) % 5
+    for step in range(steps):
+        reducer.step = step
+        optimiser.zero_grad()
+        task = torch.nn.functional.cross_entropy(model(images), targets)
+        (task + reducer.loss()["boundary"]).backward()
+        optimiser.step()
+        found.append(float(reducer.metrics()["boundary_ratio"]))
+    return sum(found[-20:]) / 20
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.25, 0.1])
+def test_training_brings_the_boundary_ratio_to_the_rate(rate):
+    assert trained_ratio(rate) == pytest.approx(rate, abs=0.02)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Call the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_measure_with_even_boundaries_and_on_data(command):
+    words = ("measure", "timm:test_vit", "--batch", 2, "--pairs", 9, "--json")
+    threshold = 'DRIP(rate=0.25, inference="threshold")'
+    code, out, _ = command(*words, "-m", threshold, "--boundaries", "even")
+    assert code == 0
+    even = json.loads(out)[1]
+    assert even["method"] == "DRIP(rate=0.25, inference='even')" and even["counts"][-1] == 25
+    code, out, _ = command(*words, "-m", threshold, "--boundaries", "data", "--data", "scenes", "--limit", 4)
+    assert code == 0
+    data = json.loads(out)[1]
+    assert data["data"]["name"] == "scenes" and data["data"]["n"] == 4
+    assert 0 < data["macs"]["mean"] <= data["macs"]["max"]
+    for wrong, message in (
+        (("--boundaries", "even", "-m", "ToMe()"), "draws no boundaries; DRIP does"),
+        (("--boundaries", "data"), "belong together"),
+        (("--boundaries", "odd"), "even or data"),
+    ):
+        code, _, err = command(*words, *wrong)
+        assert code == 2 and message in err
+
+
+# ---- document 001's GMAC column
+
+
+def test_document_001s_figures_are_met_to_the_digit_and_the_page_is_made_of_its_rows():
+    root = Path(__file__).resolve().parents[1]
+    rows = record.read(root / "results" / "seed001-flops.jsonl")
+    page = seed001_flops.page(rows)
+    assert page == (root / "docs" / "seed001-flops.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| B/")]
+    assert (
+        [row[1] for row in cells] == [row[2] for row in cells] == [*"2.96 2.69 1.83 1.26 11.33 10.22 6.62 4.53".split()]
+    )
+    assert [row[3] for row in cells] == "4.409 2.741 1.884 1.315 17.563 10.428 6.840 4.752".split()
+
+
+def test_document_001s_handler_by_hand():
+    assert seed001_flops.handler(50) == 922_800
+
+
+@pytest.mark.slow
+def test_document_001s_column_is_counted_again(tmp_path):
+    rows = seed001_flops.run(tmp_path / "rows.jsonl", lambda words: None)
+    kept = record.read(Path(__file__).resolve().parents[1] / "results" / "seed001-flops.jsonl")
+    assert {(r.model, r.method, r.macs.convention, r.macs.counted) for r in rows} == {
+        (r.model, r.method, r.macs.convention, r.macs.counted) for r in kept
+    }

@@ -19,7 +19,8 @@ import winnow
 
 from ..adapters import host_of
 from ..compare import Comparison
-from ..data.batches import Batch
+from ..data import open_images
+from ..data.batches import Batch, batches
 from ..measure import Profile, fvcore_macs, profile_model, record, verdict
 from ..measure.profile import table as profile_table
 from ..models import LoadedModel
@@ -37,6 +38,12 @@ def command(
     convention: Annotated[str, typer.Option(help="mac, or fvcore to re-read old tables")] = "mac",
     batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated")] = None,
     pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 15,
+    boundaries: Annotated[
+        str | None, typer.Option(help="even: spaced evenly at the rate; data: mean and maximum over --data")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="images for --boundaries data, as in winnow compare")] = None,
+    split: Annotated[str, typer.Option(help="split or slice of the data")] = "",
+    limit: Annotated[int, typer.Option(help="so many images of the data, evenly spaced: one batch")] = 25,
     profile: Annotated[bool, typer.Option("--profile", help="MACs, time and memory by layer and operator")] = False,
     way: o.WayOption = "auto",
     results: Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")] = Path(
@@ -47,8 +54,14 @@ def command(
     threads: o.Threads = 0,
     as_json: o.Json = False,
 ) -> None:
-    """Measure a model on random images: GMACs (counted and closed form), time against the plain model, peak memory."""
+    """Measure a model on random images, or on data: GMACs (counted and closed form), time against plain, peak memory."""
     methods = o.methods_of(method)
+    if (boundaries == "data") != (data is not None):
+        raise ValueError("--boundaries data and --data belong together, e.g. --boundaries data --data photographs")
+    if boundaries == "even":
+        methods = [_even(one) for one in methods]
+    elif boundaries not in (None, "data"):
+        raise ValueError(f"--boundaries {boundaries}: even or data")
     if convention not in ("mac", "fvcore"):
         raise ValueError(f"--convention {convention}: mac (every multiply-add) or fvcore (as old tables counted)")
     where, run_way = o.device_of(device, threads), o.way_of(way)
@@ -56,26 +69,41 @@ def command(
     net = loaded.model.to(where)
     for one in methods:
         winnow.restore(winnow.reduce(net, one, run_way))
-    noise = torch.Generator().manual_seed(seed)
-    images = torch.randn(max(batch or [25]), 3, *loaded.size, generator=noise).to(where)
+    if data is None:
+        noise = torch.Generator().manual_seed(seed)
+        images = torch.randn(max(batch or [25]), 3, *loaded.size, generator=noise).to(where)
+        source = record.Data(name="random images", n=len(images))
+    else:
+        chosen = open_images(data, split=split, limit=limit)
+        images = next(batches(chosen, loaded.transform, limit, device=where)).images
+        source = record.Data(name=chosen.name, split=chosen.split, n=len(chosen), hash=chosen.hash)
     if profile:
         _profiles(net, methods, run_way, images, as_json)
         return
     if convention == "fvcore":
         _fvcore(net, loaded, methods, run_way, images[:1], as_json)
         return
-    rows = _rows(net, loaded, methods, run_way, images, batch or [1, 25], pairs, results)
+    rows = _rows(net, loaded, methods, run_way, images, source, batch or [1, 25], pairs, results)
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
     else:
-        Console().print(_table(rows))
+        Console().print(_table(rows, boundaries == "data"))
 
 
-def _rows(net, loaded: LoadedModel, methods, way, images: Tensor, sizes: Sequence[int], pairs: int, results: Path):
+def _even(method: Method) -> Method:
+    if method.even is None:
+        raise ValueError(f"--boundaries even: {method} draws no boundaries; DRIP does")
+    return method.even
+
+
+def _rows(
+    net, loaded: LoadedModel, methods, way, images: Tensor, data: record.Data, sizes: Sequence[int], pairs: int,
+    results: Path,
+):  # fmt: skip
     """One row per configuration; without data there is no accuracy."""
     comparison = Comparison(
         model=net, name=loaded.spec, weights=loaded.weights_hash, batches=[Batch(images, None, list(range(len(images))))],
-        labels=None, data=record.Data(name="random images", n=len(images)), results=results, way=way, sizes=sizes,
+        labels=None, data=data, results=results, way=way, sizes=sizes,
         pairs=pairs, fresh=True, task="measure",
     )  # fmt: skip
     rows = []
@@ -86,7 +114,8 @@ def _rows(net, loaded: LoadedModel, methods, way, images: Tensor, sizes: Sequenc
     return rows
 
 
-def _table(rows: Sequence[record.Row]) -> Table:
+def _table(rows: Sequence[record.Row], spread: bool) -> Table:
+    """`spread`: with the mean and the maximum over the images of what one of them costs, by closed form."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in (
         "method",
@@ -94,6 +123,7 @@ def _table(rows: Sequence[record.Row]) -> Table:
         "GMAC",
         "GFLOP",
         "closed form",
+        *(("mean of images", "maximum") if spread else ()),
         "peak MiB",
         "time against plain",
         "reducer's share",
@@ -110,6 +140,7 @@ def _table(rows: Sequence[record.Row]) -> Table:
             f"{macs.counted / 1e9:.3f}",
             f"{2 * macs.counted / 1e9:.3f}",
             "" if macs.closed is None else f"{macs.closed / 1e9:.3f}",
+            *(("" if one is None else f"{one / 1e9:.3f}" for one in (macs.mean, macs.max)) if spread else ()),
             "" if row.memory_mib is None else f"{row.memory_mib:.0f}",
             "\n".join(times),
             "\n".join(shares),

@@ -19,7 +19,7 @@ from ._options import Json
 from ._progress import Progress
 
 NAME = "report"
-DOCUMENTS = ("seed002",)
+DOCUMENTS = ("seed001-flops", "seed002")
 """Recipes of the documents' experiments, which `winnow report NAME` runs and writes up."""
 
 
@@ -54,7 +54,7 @@ def command(
 
 def experiment(name: str, out: Path, results: Path | None, **wishes: int | None) -> list[Path]:
     """Run a document's experiment, as far as its rows are missing, and write its page."""
-    recipe = import_module(f"..recipes.{name}", __package__)
+    recipe = import_module(f"..recipes.{name.replace('-', '_')}", __package__)
     given = {option: value for option, value in wishes.items() if value is not None}
     for option, value in given.items():
         if value < 1:
