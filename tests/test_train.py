@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,8 +221,6 @@ def test_a_run_cut_at_any_step_goes_on_to_the_bit(whole, recipe_file, tmp_path, 
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(whole, recipe_file, tmp_path, capsys):
-    import shutil
-
     folder, _ = whole
     out = tmp_path / "run"
     shutil.copytree(folder / "run", out)
@@ -337,24 +336,92 @@ def command(*args: str, **words) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, timeout=300, **words)
 
 
+def launched(script: tuple[str, ...], out: Path, rows: Path, recipe_file: Path, *args: str) -> record.Row:
+    """The row of a run on two processes, started by torchrun."""
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *script)
+    where = ("--out", str(out), "--results", str(rows), "--device", "cpu", "--json")
+    done = command(*launch, "train", str(recipe_file), *where, *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return record.Row.model_validate(json.loads(done.stdout))
+
+
+def near(one: Path, two: Path) -> None:
+    """Both runs have the same losses to 1e-6, and the same scores and weights to 1e-5."""
+    for a, b in zip(steps(one), steps(two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-6) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-4
+        )
+    for a, b in zip(scores(one), scores(two), strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
+    first, second = (load_file(out / "last.safetensors") for out in (one, two))
+    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
 def test_two_processes_are_one(recipe_file, tmp_path):
     sets = ("method=PatchDropout(rate=0.5)", "optim.clip=1.0", "optim.ema=0.9")
     alone = run(tiny(recipe_file, *sets), tmp_path / "alone")
     asked = chain.from_iterable(("--set", text) for text in sets)
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "winnow", "train")
-    where = ("--out", str(tmp_path / "both"), "--results", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--json")
-    done = command(*launch, str(recipe_file), *where, *asked)
-    assert done.returncode == 0, done.stderr[-2000:]
-    row = record.Row.model_validate(json.loads(done.stdout))
+    row = launched(("-m", "winnow"), tmp_path / "both", tmp_path / "rows.jsonl", recipe_file, *asked)
     assert row.train.processes == 2 and alone.train.processes == 1, "the launcher really ran two"
-    for one, two in zip(steps(tmp_path / "alone"), steps(tmp_path / "both"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-6)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-    for one, two in zip(scores(tmp_path / "alone"), scores(tmp_path / "both"), strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
+    near(tmp_path / "alone", tmp_path / "both")
     assert row.accuracy.hits == alone.accuracy.hits and row.counts == alone.counts
-    first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("alone", "both"))
-    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+
+
+SHARDING = """
+import sys, torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from winnow.cli import main
+
+def prepare(self, module, optimizer):  # as Accelerate does on GPUs; on CPUs its plugin would silently give DDP
+    names = {id(p): name for name, p in module.named_parameters()}
+    mesh = init_device_mesh("cpu", (2,))
+    for block in module.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    now = dict(module.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[names[id(p)]] for p in group["params"]]
+    assert isinstance(module, FSDPModule) and isinstance(now["model.head.weight"], torch.distributed.tensor.DTensor)
+    return module, optimizer
+
+if __name__ == "__main__":
+    Accelerator.prepare = prepare
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_save_and_resume_as_whole_ones(recipe_file, tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDING)
+    sets = ("method=PatchDropout(rate=0.5)", "optim.clip=1.0")
+    run(tiny(recipe_file, *sets), tmp_path / "alone")
+    asked = tuple(chain.from_iterable(("--set", text) for text in sets))
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "both"
+    assert launched((str(script),), out, rows, recipe_file, *asked).train.processes == 2
+    near(tmp_path / "alone", out)
+    shutil.rmtree(out / "checkpoints" / "step-000000006")
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:-1]))
+    launched((str(script),), out, rows, recipe_file, "--resume", *asked)
+    near(tmp_path / "alone", out)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_few_graphs_and_the_same_losses(recipe_file, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager"))
+    sets = ("method=PatchDropout(rate=0.5)", "epochs=4")
+    run(tiny(recipe_file, *sets), tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
+    run(tiny(recipe_file, *sets, "compile=true"), tmp_path / "compiled")
+    near(tmp_path / "plain", tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] <= 5, "12 steps and 12 evaluations of two sizes"
 
 
 def told(monkeypatch, capsys, *args: str) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from ..data.batches import Batch, Cached, cached
 from ..data.images import check_labels
 from ..data.readers import open_images
 from ..measure import record
+from ..measure._evaluating import output_of
 from ..measure.tally import Tally
 from ..models import load_model
 
@@ -47,16 +48,6 @@ class Answers:
     grid: tuple[int, int] | None = None
 
 
-def scores_of(out: Any) -> Tensor:
-    """[B, classes] logits, or a tower's features [B, C], of what a model returns: a tensor or a Hugging Face output."""
-    if isinstance(out, Tensor):
-        return out
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if getattr(out, name, None) is not None:
-            return getattr(out, name)
-    raise TypeError(f"{type(out).__name__} holds neither logits nor pooled features: give a model that makes either")
-
-
 @torch.inference_mode()
 def classify(model: nn.Module, batches: Iterable[Batch], watched: bool = True) -> Answers:
     """Run the model over all batches; FloatingPointError where its output is not finite."""
@@ -69,12 +60,12 @@ def classify(model: nn.Module, batches: Iterable[Batch], watched: bool = True) -
     for batch in batches:
         if watched:
             with winnow.watch(model) as run:
-                logits = scores_of(model(batch.images))
+                logits = output_of(model(batch.images))
             counts.append(run.valid_counts.cpu())
             owners.append(run.ledger.owner.to(torch.int16).cpu())
             executed, grid = executed or run.counts, run.grid
         else:
-            logits = scores_of(model(batch.images))
+            logits = output_of(model(batch.images))
         if not bool(logits.isfinite().all()):
             raise FloatingPointError(
                 f"the model gives NaN or infinity on images {batch.indices[0]} to {batch.indices[-1]}"
@@ -208,6 +199,7 @@ class Training:
         module.eval()
         with torch.no_grad():
             for batch in batches:
+                assert batch.labels is not None, "the constructor refused images without labels"
                 images, labels = batch.images.to(place.device), batch.labels.to(place.device)
                 logits = module(images, labels)["logits"].float()
                 if not bool(logits.isfinite().all()):
@@ -220,7 +212,8 @@ class Training:
                     run = seat_of(inner).run
                     tally.add_tokens(run.valid_counts[fresh], run.counts)
         metrics, hits, tokens = tally.done(place.total)
-        return Scores(metrics, tokens and tokens[0], hits, tokens[1] if tokens else [])
+        real, executed = tokens if tokens is not None else (None, [])
+        return Scores(metrics, real, hits, executed)
 
     def _share(self, place: Place) -> tuple[int, Cached]:
         """Images of this process that no other has, and their batches (kept in memory if they are few)."""

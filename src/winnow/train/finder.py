@@ -47,7 +47,7 @@ def find_rate(
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
-    with accelerator_of(device, recipe.optim.precision) as accelerator:
+    with accelerator_of(device, recipe) as accelerator:
         task = task_of(recipe)
         stepper = Stepper(recipe, task, accelerator, lambda step: low * (high / low) ** (step / (steps - 1)))
         for step, batch in enumerate(islice(_endless(task, place_of(accelerator)), steps)):

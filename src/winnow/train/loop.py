@@ -52,7 +52,7 @@ def train(
     that is not finite (the batch is saved beside the log).
     """
     name = name or out.name
-    with accelerator_of(device, recipe.optim.precision) as accelerator, signals() as wish:
+    with accelerator_of(device, recipe) as accelerator, signals() as wish:
         main = accelerator.is_main_process
         if main:
             _check_out(out, resume)

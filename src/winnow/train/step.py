@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ PLATEAUS = 16
 
 
 @contextmanager
-def accelerator_of(device: str | None, precision: str) -> Iterator[Accelerator]:
+def accelerator_of(device: str | None, recipe: Recipe) -> Iterator[Accelerator]:
     """An Accelerator on `device` (None: the best there is), gone afterwards with its process group and its draws."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device is not None and not available.get(device, False):
@@ -34,12 +34,24 @@ def accelerator_of(device: str | None, precision: str) -> Iterator[Accelerator]:
         raise ValueError(f"--device {device} is not available here; available: {there}")
     cuda = device != "cpu" and available["cuda"]
     try:
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
-        with torch.random.fork_rng(devices=[accelerator.device.index or 0] if cuda else []):
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=recipe.optim.precision)
+        with (
+            torch.random.fork_rng(devices=[accelerator.device.index or 0] if cuda else []),
+            _steps_are_no_constants(recipe),
+        ):
             yield accelerator
         accelerator.end_training()
     finally:
         AcceleratorState._reset_state(True)  # Accelerate keeps its state in the class; another run may want another
+
+
+def _steps_are_no_constants(recipe: Recipe) -> AbstractContextManager[None]:
+    """The number of the step, which noise is drawn from, must not be compiled in: each step would be a new graph."""
+    if not recipe.compile:
+        return nullcontext()
+    from torch._dynamo import config
+
+    return config.patch(allow_unspec_int_on_nn_module=True)
 
 
 def place_of(accelerator: Accelerator) -> Place:

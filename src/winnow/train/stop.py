@@ -33,7 +33,7 @@ def signals() -> Iterator[Wish]:
 
     def note(signum: int, frame: FrameType | None) -> None:
         wish.signum = signum
-        signal.signal(signum, before[signum])
+        signal.signal(signum, before[signal.Signals(signum)])
 
     if threading.current_thread() is not threading.main_thread():
         yield wish

@@ -36,7 +36,7 @@ def training(runs: Mapping[str, Lines]) -> Any:
             _line(axis, lines, "train", key, scale, {"color": colour, "dashes": (4, 2), "label": f"{label}training"})
             _line(axis, lines, "val", key, scale, {"color": colour, "label": f"{label}validation"})
         if reduced:
-            _tokens(axes[2], name, lines, colour)
+            _tokens(axes[2], lines, {"color": colour, "label": name if len(epochs) > 1 else None})
     for axis, words in zip(axes, ("loss", "top-1 accuracy, %", "patch tokens executed, mean over blocks")):
         _dress(axis, words)
     return sheet
@@ -69,21 +69,25 @@ def _line(axis: Any, lines: Lines, part: str, key: str, scale: float, style: dic
         axis.plot(*zip(*found), linewidth=1.6, **marker, **style)
 
 
-def _tokens(axis: Any, name: str, lines: Lines, colour: str) -> None:
+def _tokens(axis: Any, lines: Lines, style: dict[str, Any]) -> None:
     found = [(line["epoch"], sum(line["tokens"]) / len(line["tokens"])) for line in lines if "tokens" in line]
     if found:
-        axis.plot(*zip(*found), color=colour, linewidth=1.6, marker="o", markersize=3.5, label=name)
+        axis.plot(*zip(*found), linewidth=1.6, marker="o", markersize=3.5, **style)
         axis.set_ylim(bottom=0)
 
 
 def _dress(axis: Any, words: str, across: str = "epoch") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_ylabel(words, color=INK, fontsize=9.5)
     axis.set_xlabel(across, color=INK, fontsize=9.5)
     axis.grid(axis="y", color=MUTED, alpha=0.22, linewidth=0.7)
+    if across == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(colors=INK, labelsize=9, color=MUTED)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axis.spines[side].set_color(MUTED)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        axis.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.8)
