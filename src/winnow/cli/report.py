@@ -5,10 +5,11 @@ Winnow's own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ from ._options import Json
 from ._progress import Progress
 
 NAME = "report"
-DOCUMENTS = ("seed001-flops", "seed002")
+DOCUMENTS = ("ctd", "seed002")
 """Recipes of the documents' experiments, which `winnow report NAME` runs and writes up."""
 
 
@@ -31,33 +32,59 @@ def command(
     kept: Annotated[Path | None, typer.Option("--results", help="rows of an experiment go here")] = None,
     epochs: Annotated[int | None, typer.Option(help="of an experiment; as its document says if not given")] = None,
     steps: Annotated[int | None, typer.Option(help="per epoch of an experiment; all if not given")] = None,
+    data: Annotated[str | None, typer.Option(help="of an experiment; as its recipe says if not given")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make report.html, report.md and accuracy-*.svg from rows; or run a document's experiment: winnow report seed002."""
-    if len(results) == 1 and str(results[0]) in DOCUMENTS:
-        made = experiment(str(results[0]), out, kept, epochs=epochs, steps=steps)
-        print(json.dumps([str(path) for path in made]) if as_json else "\n".join(map(str, made)))
-        return
-    if any(option is not None for option in (kept, epochs, steps)):
-        raise ValueError(f"--results, --epochs and --steps belong to an experiment: {', '.join(DOCUMENTS)}")
-    rows = []
-    for path in results:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; rows are written by winnow compare and winnow measure")
-        rows += record.read(path)
-    if not rows:
-        raise ValueError(f"{results[0]} holds no rows")
-    rows = [row for group in view.cells.groups(rows) for row in paired(group.rows)]
-    made = write(rows, [], out)
+    """Make report.html, report.md and accuracy-*.svg from rows; or run a document's experiment: winnow report seed002.
+
+    A document and rows, as in `winnow report ctd results/train.jsonl`: its page from these rows, and nothing is run.
+    """
+    first, rest = str(results[0]), results[1:]
+    asked = {"--results": kept, "--epochs": epochs, "--steps": steps, "--data": data}
+    if first in DOCUMENTS and not rest:
+        made = experiment(first, out, kept, epochs=epochs, steps=steps, data=data)
+    elif any(value is not None for value in asked.values()):
+        raise ValueError(f"{', '.join(asked)} belong to an experiment that is run: {', '.join(DOCUMENTS)}")
+    elif first in DOCUMENTS:
+        made = page_of(first, _read(rest), out)
+    else:
+        rows = [row for group in view.cells.groups(_read(results)) for row in paired(group.rows)]
+        made = write(rows, [], out)
     print(json.dumps([str(path) for path in made]) if as_json else "\n".join(map(str, made)))
 
 
-def experiment(name: str, out: Path, results: Path | None, **wishes: int | None) -> list[Path]:
+def _read(paths: list[Path]) -> list[record.Row]:
+    rows = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; rows are written by winnow compare, measure and train")
+        rows += record.read(path)
+    if not rows:
+        raise ValueError(f"{paths[0]} holds no rows")
+    return rows
+
+
+def page_of(name: str, rows: list[record.Row], out: Path) -> list[Path]:
+    """The page of a document from rows that are there."""
+    recipe = _recipe(name)
+    if not hasattr(recipe, "written"):
+        raise ValueError(f"{name} takes no rows of others: winnow report {name}")
+    return recipe.written(rows, out)
+
+
+def _recipe(name: str) -> Any:
+    return import_module(f"..recipes.{name.replace('-', '_')}", __package__)
+
+
+def experiment(name: str, out: Path, results: Path | None, **wishes: int | str | None) -> list[Path]:
     """Run a document's experiment, as far as its rows are missing, and write its page."""
-    recipe = import_module(f"..recipes.{name.replace('-', '_')}", __package__)
+    recipe = _recipe(name)
     given = {option: value for option, value in wishes.items() if value is not None}
+    takes = [field.name for field in dataclasses.fields(recipe.Wish)]
     for option, value in given.items():
-        if value < 1:
+        if option not in takes:
+            raise ValueError(f"{name} takes no --{option}")
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"--{option} {value}: at least 1 is needed")
     with Progress() as progress:
         return recipe.write(recipe.Wish(**given), results or Path("results") / f"{name}.jsonl", out, progress.say)

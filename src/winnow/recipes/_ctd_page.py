@@ -1,0 +1,139 @@
+"""The page about document 003, made of rows of `winnow train`: its tables, and what of it the rows confirm or refute.
+
+Winnow's own; figures of document 003 (Curriculum Token Drop, 2025) are marked as its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from ..measure.record import Row, Training
+from ..methods import CurriculumDrop
+from ..reducer import Setting
+from ._ctd_arms import Arm, ablations, arms_of
+from ._ctd_claims import THEIRS, claims_of
+
+DOCUMENT = Setting(depth=8, width=384, heads=6, prefix=1, cls=True, grid=(8, 8))
+EPOCHS = (20, 60, 90, 120, 160)
+ABLATIONS = {"gamma": "curriculum parameter", "saliency": "saliency metric", "schedule": "schedule shape"}
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown of the rows; ValueError where none is of a training."""
+    experiments = arms_of(rows)
+    if not experiments:
+        raise ValueError("no row is of a training: rows are written by winnow train RECIPE --results FILE")
+    parts = [_head(), _presets()]
+    for arms in experiments:
+        parts += [_title(arms), _table(arms)]
+        for field, words in ABLATIONS.items():
+            parts += [f"### By {field}: {words}\n\n{_table(group, field)}" for group in ablations(arms, field)]
+        parts.append(_claims(arms))
+    return "\n\n".join(parts) + "\n"
+
+
+def _head() -> str:
+    return """# Document 003: Curriculum Token Drop, from rows
+
+Every figure is computed from result rows, except document 003's own, which are marked "theirs": one run on an Apple M2 Pro.
+Validation is the last epoch's (the document gives its best epoch's), ± standard deviation over seeds; final train is
+the last epoch's own steps, augmentation and dropping included; mean drop is the share of patches that the blocks did
+not execute, over all of training; tokens are those after each block, mean over training."""
+
+
+def _presets() -> str:
+    lines = [
+        f"| preset | drops | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
+        "|:--|:--|" + ":--|" * len(EPOCHS),
+    ]
+    for name in CurriculumDrop.presets:
+        method = getattr(CurriculumDrop, name)()
+        counts = [" ".join(map(str, method.counts(DOCUMENT, epoch / 200)[1:])) for epoch in EPOCHS]
+        lines.append(f"| `{name}` | `{method}` | {' | '.join(counts)} |")
+    return "## Tokens after blocks 1 to 8 of 64, 200 epochs\n\n" + "\n".join(lines)
+
+
+def _title(arms: Sequence[Arm]) -> str:
+    row = arms[0].rows[0]
+    train, data = row.train, row.data
+    assert train is not None
+    machine = row.environment.get("gpu") or row.environment.get("cpu", "?")
+    threads = row.environment.get("threads", "?")
+    images = "" if data is None else f", {data.name} {data.split}".rstrip() + f", {data.n} validation images"
+    steps = f"{train.epochs} epochs of {train.steps // train.epochs} steps of {train.batch}"
+    return f"## `{row.model}`{images}, {steps}, {machine}, {threads} threads"
+
+
+HEADS = "seeds|validation, %|final train, %|training time|of plain's|train-val gap, points|mean drop|tokens".split("|")
+
+
+def _table(arms: Sequence[Arm], field: str | None = None) -> str:
+    base = next((arm for arm in arms if arm.method is None), None)
+    lines = [_line([field or "method", *HEADS]), "|:--|" + "--:|" * (len(HEADS) - 1) + ":--|"]
+    for arm in arms:
+        name = arm.name if field is None or arm.method is None else str(getattr(arm.method, field))
+        lines.append(_line([name, str(len(arm.rows)), *_cells(arm, base)]))
+    for name, validation, train, hours, gap in THEIRS[field or "method"]:
+        lines.append(_line([f"{name}, theirs", "–", validation, train, hours, "–", gap, "not given", "not given"]))
+    return "\n".join(lines)
+
+
+def _cells(arm: Arm, base: Arm | None) -> list[str]:
+    share = "–" if base is None else f"{mean(arm.seconds) / mean(base.seconds):.2f}"
+    return [
+        _spread(arm.validation),
+        _spread(arm.each(lambda run: run.train_top1)),
+        _hours(mean(arm.seconds)),
+        share,
+        _spread(arm.each(lambda run: run.gap)),
+        f"{100 * arm.drop:.0f} %",
+        " ".join(f"{n:.3g}" for n in arm.tokens[1:]) or "all",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _claims(arms: Sequence[Arm]) -> str:
+    lines = ["### What document 003 claims, by these rows", "", "| claim | verdict | evidence |", "|:--|:--|:--|"]
+    lines += [f"| {one.words} | {one.verdict} | {one.evidence} |" for one in claims_of(arms)]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """results.csv: one line per run."""
+    lines = [_csv(row, row.train) for row in rows if row.train is not None]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def _csv(row: Row, run: Training) -> dict[str, Any]:
+    return {
+        "model": row.model, "method": row.method or "plain", "seed": row.seed, "epochs": run.epochs, "batch": run.batch,
+        "validation": run.last, "best": run.best, "top5": run.top5, "f1": run.f1, "final_train": run.train_top1,
+        "gap": run.gap, "seconds": run.runtime_s, "samples_per_s": run.samples_per_s,
+        "mean_drop": round(Arm(None, (row,)).drop, 4), "tokens": " ".join(f"{n:.4g}" for n in run.tokens or []),
+        "device": row.device, "commit": row.commit,
+    }  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation in percent."""
+    if not values:
+        return "–"
+    sd = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.2f}{sd}"
+
+
+def _hours(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
