@@ -108,6 +108,14 @@ def test_dense_refuses_other_shapes(shape):
         Ledger.start(2, 5).dense(torch.zeros(shape) if len(shape) > 1 else torch.zeros(shape).unsqueeze(0))
 
 
+def test_all_tokens_may_go():
+    """Nothing is left, and nothing is left of nothing."""
+    ledger = Ledger.start(2, 3).step(torch.full((2, 3), -1), 0)
+    assert (ledger.owner.tolist(), ledger.size().shape) == ([[-1] * 3] * 2, (2, 0))
+    assert ledger.step(torch.empty(2, 0, dtype=torch.long), 0).owner.tolist() == ledger.owner.tolist()
+    assert ledger.dense(torch.empty(2, 0, 4), fill=7.0).tolist() == torch.full((2, 3, 4), 7.0).tolist()
+
+
 def test_dense_is_differentiable():
     x = torch.randn(1, 2, 3, requires_grad=True)
     Ledger(torch.tensor([[0, 0, 1, -1, 1, 1]]), 2).dense(x).sum().backward()

@@ -65,7 +65,6 @@ class TestTimm:
     def test_names(self):
         refused("unknown model 'vit_tiny': write timm:NAME", "vit_tiny")
         refused("unknown model 'timm:'", "timm:")
-        refused("later version", "hf:google/vit")
         refused("no 'vit_tinny_patch16_224'; close names: .*vit_tiny_patch16_224.*, .*, ", "timm:vit_tinny_patch16_224")
         refused("no pretrained tag 'nonsense' .*augreg", "timm:vit_tiny_patch16_224.nonsense")
         refused("two sources", TINY, pretrained=True, weights="x.pth")
@@ -180,6 +179,126 @@ class TestOpenClip:
         refused("no pretrained tag 'x'; .*openai", "open_clip:ViT-B-32/x")
         refused("several pretrained tags", "open_clip:ViT-B-32", pretrained=True)
         refused("leave num_classes", self.NAME, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def hf_folders(tmp_path_factory):
+    """Tiny models saved as people save them: a classifier, a CLIP of both towers, a DINOv2 shown smaller images."""
+    t = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = small | {"vocab_size": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = {
+            "vit": t.ViTForImageClassification(t.ViTConfig(**small, image_size=32, patch_size=8, num_labels=5)),
+            "clip": t.CLIPModel(
+                t.CLIPConfig(vision_config=small | {"image_size": 32, "patch_size": 8}, text_config=text)
+            ),
+            "dino": t.Dinov2Model(t.Dinov2Config(**small, mlp_ratio=2, image_size=56, patch_size=8)),
+        }
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    processors = {
+        "vit": t.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2, 0.3, 0.4], image_std=[0.5] * 3),
+        "clip": t.CLIPImageProcessor(**crop),
+        "dino": t.BitImageProcessor(**crop),
+    }
+    root = tmp_path_factory.mktemp("hf")
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+        processors[name].save_pretrained(root / name)
+    return root, {name: model.eval() for name, model in made.items()}
+
+
+class TestHuggingFace:
+    IMAGE = Image.linear_gradient("L").convert("RGB").resize((60, 40))
+
+    def test_classifier(self, hf_folders):
+        root, made = hf_folders
+        loaded = load_model(f"hf:{root / 'vit'}")
+        assert same(loaded.model, made["vit"])
+        assert (loaded.num_classes, loaded.size, len(loaded.weights_hash)) == (5, (32, 32), 16)
+        assert loaded.mean == (0.2, 0.3, 0.4)
+        processor = pytest.importorskip("transformers").AutoImageProcessor.from_pretrained(root / "vit")
+        wanted = processor(images=self.IMAGE, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(loaded.transform(self.IMAGE), wanted)
+        grey = load_model(f"hf:{root / 'vit'}", mean=0.0, std=1.0).transform(Image.new("RGB", (60, 40), "white"))
+        assert torch.allclose(grey, torch.ones(3, 32, 32))
+
+    def test_vision_tower_of_clip(self, hf_folders):
+        root, made = hf_folders
+        loaded = load_model(f"hf:{root / 'clip'}")
+        assert loaded.num_classes is None
+        pixels = loaded.transform(self.IMAGE)[None]
+        with torch.no_grad():
+            theirs = made["clip"].vision_model(pixels).pooler_output
+            assert torch.equal(loaded.model(pixels).pooler_output, theirs)
+
+    def test_a_model_shown_smaller_images_takes_their_size_as_its_own(self, hf_folders):
+        from winnow.measure import count_macs
+        from winnow.measure.closed_form import plain_macs
+
+        root, made = hf_folders
+        loaded = load_model(f"hf:{root / 'dino'}")
+        assert loaded.size == (32, 32) != made["dino"].config.image_size
+        pixels = loaded.transform(self.IMAGE)[None]
+        with torch.no_grad():
+            apart = loaded.model(pixels).pooler_output - made["dino"](pixels).pooler_output
+        assert float(apart.abs().max()) < 1e-5
+        assert count_macs(loaded.model, pixels) == pytest.approx(plain_macs(loaded.model), rel=0.02)
+
+    def test_weights_of_a_file(self, hf_folders, tmp_path):
+        root, made = hf_folders
+        for name, part in (("vit", made["vit"]), ("clip", made["clip"].vision_model)):
+            torch.save(made[name].state_dict(), tmp_path / "all.pt")
+            assert same(load_model(f"hf:{root / name}", weights=tmp_path / "all.pt").model, part)
+        bare = tmp_path / "bare"
+        bare.mkdir()
+        for file in ("config.json", "preprocessor_config.json"):
+            (bare / file).write_bytes((root / "vit" / file).read_bytes())
+        assert load_model(f"hf:{bare}").weights_hash is None
+        assert same(load_model(f"hf:{bare}", seed=1).model, load_model(f"hf:{bare}", seed=1).model)
+
+    def test_refusals(self, hf_folders, tmp_path):
+        root, made = hf_folders
+        refused("no such folder", f"hf:{tmp_path / 'gone'}", FileNotFoundError)
+        refused("leave size", f"hf:{root / 'vit'}", size=64)
+        refused("has 5 classes: leave num_classes out", f"hf:{root / 'vit'}", num_classes=3)
+        refused("no classes: leave num_classes out", f"hf:{root / 'clip'}", num_classes=3)
+        made["vit"].save_pretrained(tmp_path / "alone")
+        refused("no image processor configuration", f"hf:{tmp_path / 'alone'}")
+        transformers = pytest.importorskip("transformers")
+        transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "alone")
+        refused("takes images of 32 pixels", f"hf:{tmp_path / 'alone'}")
+        transformers.CLIPImageProcessor(do_center_crop=False).save_pretrained(tmp_path / "alone")
+        refused("it must crop", f"hf:{tmp_path / 'alone'}")
+        state = {key: value for key, value in made["vit"].state_dict().items() if "classifier" not in key}
+        (tmp_path / "part").mkdir()
+        for file in ("config.json", "preprocessor_config.json"):
+            (tmp_path / "part" / file).write_bytes((root / "vit" / file).read_bytes())
+        save_file(state, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+        refused("2 weights are missing .* classifier.bias", f"hf:{tmp_path / 'part'}")
+
+    def test_on_the_command_line(self, hf_folders, tmp_path, monkeypatch, capsys):
+        """compare takes the classifier's `.logits`, measure a tower's features."""
+        from winnow.cli import main
+        from winnow.measure import record
+
+        root, _ = hf_folders
+        monkeypatch.chdir(tmp_path)
+        self.IMAGE.save("a.png")
+        Path("a.csv").write_text("file,label\na.png,1\n")
+        common = ["--results", "rows.jsonl", "-m", "ToMe(r=2)"]
+        for words in (
+            ["compare", f"hf:{root / 'vit'}", "--data", "a.csv", "--time", "0", *common],
+            ["measure", f"hf:{root / 'clip'}", "--batch", "1", "--pairs", "9", *common],
+            ["doctor", f"hf:{root / 'clip'}", "-m", "ToMe(r=2)"],
+        ):
+            monkeypatch.setattr(sys, "argv", ["winnow", *words])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert not stop.value.code, capsys.readouterr().err
+        rows = record.read(Path("rows.jsonl"))
+        assert {"ToMe(r=2)", "Downsample(size=24)"} <= {row.method for row in rows}
 
 
 @pytest.mark.skipif(not VIT.is_file(), reason="the shared weights are not here")

@@ -88,10 +88,10 @@ def open_clip_tower(**more: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def open_clip_model() -> nn.Module:
+def open_clip_model(side: int = SIDE) -> nn.Module:
     from open_clip.model import CLIP
 
-    vision = {"layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH, "image_size": SIDE}
+    vision = {"layers": DEPTH, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH, "image_size": side}
     return CLIP(16, vision, {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1})
 
 
@@ -587,9 +587,35 @@ def test_downsampling_where_rotary_rows_can_be_made_anew():
     with winnow.watch(model) as seen:
         assert bool(model(x).isfinite().all())
     assert len(set(seen.counts)) == 1 and seen.counts[0] == 9
-    for name in ("eva02", "beit", "open_clip", "hf-vit"):
+    for name in ("eva02", "beit", "torch"):
         with pytest.raises(ValueError, match='acts at "input"'):
             winnow.reduce(made(name), Downsample(24))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("hf-") and name != "hf-vit-tokens"])
+@torch.no_grad()
+def test_downsampling_is_the_host_on_a_smaller_image(name):
+    """What comes out is what the plain model makes of the smaller image, its positions resampled by its own function."""
+    model, x = made(name), images(name)
+    small = Downsample(24).build(DEPTH, WIDTH, HEADS, 36, 1)(x, (PATCH, PATCH))
+    assert small.shape[-1] == 24
+    words = {} if "dino" in name else {"interpolate_pos_encoding": True}
+    plain = FAMILIES[name].look(getattr(model, FAMILIES[name].call)(small, **words))
+    close(run(winnow.reduce(model, Downsample(24)), name, x), plain, 1e-6, name)
+
+
+@torch.no_grad()
+def test_downsampling_open_clip():
+    """As open_clip itself would load the same weights into a smaller tower."""
+    from open_clip.model import resize_pos_embed
+
+    model, x = made("open_clip"), images("open_clip")
+    small = Downsample(24).build(DEPTH, WIDTH, HEADS, 36, 1)(x, (PATCH, PATCH))
+    smaller = open_clip_model(24).eval()
+    state = model.state_dict()
+    resize_pos_embed(state, smaller)
+    smaller.load_state_dict(state)
+    close(run(winnow.reduce(model, Downsample(24)), "open_clip", x), smaller.encode_image(small), 1e-5, "open_clip")
 
 
 @torch.no_grad()

@@ -114,11 +114,14 @@ def tower_host(
     grid: tuple[int, int],
     prefix: int,
     conv: nn.Module,
-    heads: tuple[Patch, ...] = (),
+    also: tuple[Patch, ...] = (),
     averages: bool = False,
     outside: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Host:
-    """The host of a vision tower; `averages`: what calls the tower takes the mean of its patch tokens."""
+    """The host of a vision tower; `averages`: what calls the tower takes the mean of its patch tokens.
+
+    also: what else is replaced, such as a head that reads all tokens.
+    """
     attn = layers[0].get_submodule(view.attention)
     width = view_width(layers[0], view)
     names = list(inspect.signature(type(tower).forward).parameters)
@@ -133,8 +136,9 @@ def tower_host(
         patches=(
             Patch(tower, "forward", forward),
             Patch(tower.embeddings, "forward", partial(_embed, patch=patch)),
-            *heads,
+            *also,
         ),
+        accepts=frozenset({"block", "between", "input"}),
         outside_macs=partial(_outside, conv, outside),
     )
 
@@ -174,5 +178,11 @@ def _averaging(slot: Slot, *args: Any, **words: Any) -> Any:
 
 
 def _embed(slot: Slot, pixel_values: Tensor, *args: Any, patch: tuple[int, int], **words: Any) -> Tensor:
-    slot.seat.begin(pixel_values, (pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]))
+    seat = slot.seat
+    seat.begin(pixel_values, (pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1]))
+    if seat.facts.where == "input":
+        pixel_values = seat.reducer(pixel_values, patch)
+        seat.run.small = (pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1])
+        if "interpolate_pos_encoding" in words:  # the others resample their positions unasked
+            words["interpolate_pos_encoding"] = True
     return type(slot.module).forward(slot.module, pixel_values, *args, **words)

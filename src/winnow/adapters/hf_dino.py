@@ -15,7 +15,7 @@ from transformers.models.dinov2 import modeling_dinov2 as v2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as v2r
 from transformers.models.dinov3_vit import modeling_dinov3_vit as v3
 
-from .._run import Host
+from .._run import Host, Patch, Slot
 from . import hf_blocks
 
 
@@ -87,9 +87,18 @@ def host(model: Any) -> Host:
         grid=(side[0] // patch[0], side[1] // patch[1]),
         prefix=1 + getattr(config, "num_register_tokens", 0),
         conv=embed if rotary else embed.projection,
+        also=(Patch(tower.rope_embeddings, "forward", _rows),) if rotary else (),
         averages=bool(path),
         outside=partial(hf_blocks.linear_outside, (model.classifier,)) if path else None,
     )
+
+
+def _rows(slot: Slot, pixel_values: Tensor) -> Any:
+    """Rotary rows of the image that was embedded: it may have been made smaller."""
+    small, patch = slot.seat.run.small, slot.seat.setting.patch
+    if small is not None and patch is not None:
+        pixel_values = pixel_values[..., : small[0] * patch[0], : small[1] * patch[1]]
+    return type(slot.module).forward(slot.module, pixel_values)
 
 
 def _encoder(tower: Any) -> Any:

@@ -48,7 +48,7 @@ def host(model: Any) -> Host:
         grid=(side, side),
         prefix=0,
         conv=embed.patch_embedding,
-        heads=() if head is None else (Patch(head.attention, "forward", pooling.attention_pool),),
+        also=() if head is None else (Patch(head.attention, "forward", pooling.attention_pool),),
         averages=type(model).forward is siglip.SiglipForImageClassification.forward,
         outside=partial(_outside, head, getattr(model, "classifier", None)),
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
 from open_clip.transformer import VisionTransformer as OpenClipViT
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .._run import BlockView, Host, Patch, Slot, refuse_beside
@@ -123,6 +124,7 @@ def host(model: Any) -> Host:
             Patch(tower, "forward_intermediates", _intermediates),
             *(Patch(pooler.attn, "forward", pooling.attention_pool) for pooler in _poolers(tower)),
         ),
+        accepts=frozenset({"block", "between", "input"}),
         outside_macs=partial(_outside_macs, tower),
     )
 
@@ -163,8 +165,15 @@ def _with_head(macs: Callable[[Tensor, Tensor], Tensor], head: float, patches: T
 
 
 def _enter(slot: Slot, x: Tensor) -> Tensor:
-    tower: Any = slot.module
-    slot.seat.begin(x, (x.shape[-2] // tower.patch_size[0], x.shape[-1] // tower.patch_size[1]))
+    tower, seat = slot.module, slot.seat  # type: Any, Any
+    seat.begin(x, (x.shape[-2] // tower.patch_size[0], x.shape[-1] // tower.patch_size[1]))
+    if seat.facts.where == "input":
+        x = seat.reducer(x, tuple(tower.patch_size))
+        seat.run.small = small = (x.shape[-2] // tower.patch_size[0], x.shape[-1] // tower.patch_size[1])
+        positions = resample_abs_pos_embed(
+            tower.positional_embedding[None], small, tower.grid_size, num_prefix_tokens=1
+        )[0]
+        return type(tower)._embeds(pooling.Seen(tower, positional_embedding=positions), x)
     return type(tower)._embeds(tower, x)
 
 

@@ -1,4 +1,4 @@
-"""Heads that read all tokens, whatever the family: means and attention pooling with token sizes and without padding.
+"""What families share beside blocks: heads with token sizes and without padding, modules seen with other settings.
 
 Winnow's own; the hosts' own modules do the work, they are only given what they could not know.
 """
@@ -8,11 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._run import Slot
 from ..attention import log_sizes
 from ..tokens import Ledger
+
+
+class Seen:
+    """A module seen with other settings, so that its own method can be borrowed for an input of another size."""
+
+    def __init__(self, module: nn.Module, **settings: Any) -> None:
+        self.__dict__.update(settings, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
 
 
 def final(slot: Slot, x: Tensor) -> Ledger:

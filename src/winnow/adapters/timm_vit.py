@@ -74,16 +74,6 @@ def patch_size(embed: Any) -> tuple[int, int] | None:
     return embed.img_size[0] // embed.grid_size[0], embed.img_size[1] // embed.grid_size[1]
 
 
-class _Flexible:
-    """A module seen with other settings, so that its own method can be borrowed for an input of another size."""
-
-    def __init__(self, module: nn.Module, **settings: Any) -> None:
-        self.__dict__.update(settings, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
-
-
 def enter(slot: Slot, x: Tensor) -> Tensor:
     seat, embed = slot.seat, slot.module
     seat.begin(x, tuple(embed.dynamic_feat_size(x.shape[-2:])))  # type: ignore[operator]
@@ -92,7 +82,7 @@ def enter(slot: Slot, x: Tensor) -> Tensor:
         assert patch is not None  # or Downsample.check had refused
         x = seat.reducer(x, patch)
         seat.run.small = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
-        embed = _Flexible(embed, strict_img_size=False, flatten=False, output_fmt="NHWC")
+        embed = pooling.Seen(embed, strict_img_size=False, flatten=False, output_fmt="NHWC")
         return PatchEmbed.forward(embed, x)
     return type(embed).forward(embed, x)
 
@@ -100,7 +90,7 @@ def enter(slot: Slot, x: Tensor) -> Tensor:
 def pos_embed(slot: Slot, x: Tensor) -> Tensor:
     model: Any = slot.module
     if slot.seat.facts.where == "input":
-        return type(model)._pos_embed(_Flexible(model, dynamic_img_size=True), x)
+        return type(model)._pos_embed(pooling.Seen(model, dynamic_img_size=True), x)
     return type(model)._pos_embed(model, x)
 
 

@@ -11,7 +11,8 @@ import torch
 
 import winnow
 
-from .case import WIDTH, Case, close, output_of
+from ..measure._evaluating import output_of
+from .case import WIDTH, Case, close
 
 
 def reducer_ignores_batch_mates(case: Case) -> None:

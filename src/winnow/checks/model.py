@@ -11,9 +11,10 @@ import winnow
 
 from .._reduce import seat_of
 from ..measure import count_macs
+from ..measure._evaluating import output_of
 from ..measure.closed_form import check_counted, closed_macs
 from ..methods import Random
-from .case import Case, close, output_of, ready
+from .case import Case, close, ready
 
 
 def restore_is_exact(case: Case) -> None:

@@ -15,7 +15,8 @@ from .._parse import parse, parse_way
 from ..models import LoadedModel, load_model
 from ..reducer import Method
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME or open_clip:NAME[/TAG]", show_default=False)]
+MODELS = "timm:NAME, open_clip:NAME[/TAG] or hf:ID_OR_PATH"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS, show_default=False)]
 Methods = Annotated[list[str], typer.Option("--method", "-m", help="a method as in ToMe(r=8); may be repeated")]
 Weights = Annotated[Path | None, typer.Option(help="weights file: .safetensors, .pth, .pt")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="download the model's own weights")]

@@ -60,6 +60,15 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
+def output_of(out: Any) -> Tensor:
+    """What a model's output says of each image [B, ...]: logits or pooled features by name, else its first tensor."""
+    while not isinstance(out, Tensor):
+        named = (getattr(out, name, None) for name in ("logits", "image_embeds", "pooler_output"))
+        first = next(iter(out.values())) if hasattr(out, "values") else out[0]
+        out = next((value for value in named if value is not None), first)
+    return out
+
+
 def first_tensor(inputs: Inputs) -> Tensor:
     """The tensor [B, ...] that says how many images there are; TypeError where none does."""
     values = inputs.values() if isinstance(inputs, Mapping) else [inputs] if isinstance(inputs, Tensor) else inputs

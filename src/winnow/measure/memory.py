@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -54,12 +55,20 @@ def peak(events: list[tuple[int, int]], start: float = 0, end: float = float("in
 
 @contextmanager
 def quiet_profiler() -> Iterator[None]:
-    """Kineto, which reads its log level at first use, prints no lines about itself or about absent devices."""
-    if "KINETO_LOG_LEVEL" in os.environ:
-        yield
-        return
-    os.environ["KINETO_LOG_LEVEL"] = "6"
+    """The profiler prints nothing: neither Kineto, which reads its log level at first use, nor the CPU allocator.
+
+    The allocator warns from C++ of blocks made before, past Python's stderr: the descriptor itself is turned away.
+    """
+    level = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = level or "6"
+    sys.stderr.flush()
+    shown, away = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(away, 2)
     try:
         yield
     finally:
-        del os.environ["KINETO_LOG_LEVEL"]
+        os.dup2(shown, 2)
+        for descriptor in (shown, away):
+            os.close(descriptor)
+        if level is None:
+            del os.environ["KINETO_LOG_LEVEL"]
