@@ -23,6 +23,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("transformers.models.dinov2.modeling_dinov2", "hf_dino"),
     ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", "hf_dino"),
     ("transformers.models.dinov3_vit.modeling_dinov3_vit", "hf_dino"),
+    ("transformers.models.llava.modeling_llava", "hf_llava"),
     ("torch", "torch_encoder"),
 )
 """(module the family's models come from, module of this folder)."""

@@ -10,11 +10,14 @@ from .curriculum_drop import CurriculumDrop
 from .downsample import Downsample
 from .drip import DRIP
 from .evit import EViT
+from .fastv import FastV
 from .grid import Grid
 from .norm_threshold import NormThreshold
 from .patch_dropout import PatchDropout
 from .pitome import PiToMe
 from .pool import Pool
+from .prumerge import PruMerge
+from .pyramid_drop import PyramidDrop
 from .random import Random
 from .tome import ToMe
 from .topk import TopK
@@ -28,6 +31,9 @@ METHODS: tuple[type[Method], ...] = (
     DRIP,
     PatchDropout,
     CurriculumDrop,
+    PruMerge,
+    FastV,
+    PyramidDrop,
     Random,
     Grid,
     Pool,

@@ -11,6 +11,9 @@ from ..parts.combine import drop
 from ..reducer import Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 
+WHERE = {"block": "block", "input": "between", "tower": "tower"}
+"""`Facts.where` of a baseline, by its `at`."""
+
 
 class AtLayers(Method):
     """A method with fields `keep` (one amount, or one per site) and `layers`."""
@@ -46,27 +49,26 @@ class AtLayers(Method):
 
 
 class AtPlaces(AtLayers):
-    """The same for baselines, which may also act once on the patches as they enter block 0 (`at="input"`)."""
+    """The same for baselines, which may also act once: on the patches as they enter block 0 (`at="input"`), or on the
+    image features of a vision-language model (`at="tower"`)."""
 
     at: str
 
     def __post_init__(self) -> None:
         owner, default = type(self).__name__, type(self).layers
-        if self.at not in ("block", "input"):
-            raise ValueError(f'{owner}(at={self.at!r}): at must be "block" or "input"')
-        if self.at == "input" and self.layers != default:
-            raise ValueError(
-                f'{owner}: at="input" acts once, before block 0; layers={self.layers} goes with at="block"'
-            )
+        if self.at not in WHERE:
+            raise ValueError(f'{owner}(at={self.at!r}): at must be "block", "input" or "tower"')
+        if self.at != "block" and self.layers != default:
+            raise ValueError(f'{owner}: at="{self.at}" acts once; layers={self.layers} goes with at="block"')
         super().__post_init__()
 
     @property
     def where(self) -> str:
         """What `Facts.where` says."""
-        return "between" if self.at == "input" else "block"
+        return WHERE[self.at]
 
     def sites(self, depth: int = 0) -> tuple[int, ...]:
-        return (0,) if self.at == "input" else self.layers
+        return self.layers if self.at == "block" else (0,)
 
 
 class KeepTop(Reducer):

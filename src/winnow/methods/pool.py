@@ -71,4 +71,4 @@ class Pool(AtPlaces):
 
     @property
     def facts(self) -> Facts:
-        return Facts(combine="mean", sizes=self.proportional, where=self.where)
+        return Facts(combine="mean", sizes=self.proportional and self.at != "tower", where=self.where)

@@ -1,0 +1,101 @@
+"""After the encoder: reduce what the projector is about to read, and put what is left into slots of the full width.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._reading import Seen, reading
+from ._run import Slot
+from .attention import received, rows
+from .reducer import Signals
+from .tokens import Ledger, Tokens
+
+EMPTY = float("-inf")
+"""A slot is empty where all its channels are this: an overflow gives infinities of both signs, or NaN."""
+
+
+def look(slot: Slot, *args: Any, reads: bool, gives: bool, **words: Any) -> Any:
+    """A block of the tower, whose attention (`reads`) or class token (`gives`) the method wants to know."""
+    seat: Any = slot.seat
+    now, block = seat.now, slot.module
+    run = partial(type(block).forward, block)
+    if reads:
+        with reading(block, partial(setattr, now, "seen")):
+            out = run(*args, **words)
+    else:
+        out = run(*args, **words)
+    if gives:
+        now.cls = (out[0] if isinstance(out, tuple) else out)[:, 0].detach()
+    return out
+
+
+def project(slot: Slot, features: Tensor) -> Tensor:
+    """The projector on the reduced features [I, N, C]; [I, N, D] with a row of `EMPTY` where nothing is left."""
+    seat: Any = slot.seat
+    projector = slot.module
+    run = partial(type(projector).forward, projector)
+    where, needs = seat.facts.where, seat.facts.needs
+    if where == "tower":
+        tokens = reduce(seat, run(features) if "projected" in needs else features)
+    else:
+        tokens = replace(seat.run.tokens[seat.vlm.made], x=features)
+    y = tokens.x if "projected" in needs else run(tokens.x)
+    return slots(y, tokens.ledger, seat.vlm.in_place)
+
+
+def reduce(seat: Any, x: Tensor) -> Tokens:
+    """One call of the reducer on features x [I, N, C]."""
+    run, n = seat.run, x.shape[1]
+    grid = run.grid if run.grid and run.grid[0] * run.grid[1] == n else None
+    tokens = Tokens(x, Ledger.start(len(x), n, x.device), grid)
+    seat._store(tokens, -1)
+    signals, seat.now.seen, seat.now.cls = _signals(seat, n), None, None
+    out = seat.reducer(tokens, signals, 0)
+    if out.n > n:
+        raise ValueError(f"{seat.reducer.method} answers {n} image features with {out.n}: it must not make more")
+    if out.score is not None and seat.watches:
+        run.scores[0] = out.score.detach()
+    seat._note(out, 0)
+    seat._store(out, 0)
+    return out
+
+
+def _signals(seat: Any, n: int) -> Signals:
+    needs, prefix = seat.facts.needs, seat.vlm.tower.setting.prefix
+    seen: Seen | None = seat.now.seen
+    found: dict[str, Any] = {"watched": bool(seat.watches), "cls": seat.now.cls}
+    if "noise" in needs:
+        found["noise"] = seat._noise(0, n)
+    if seen is not None:
+        if seen.k.shape[2] != n + prefix:
+            raise ValueError(f"the tower attends over {seen.k.shape[2]} tokens, the projector reads {n}")
+        for need, name in (("queries", "q"), ("keys", "k"), ("values", "v")):
+            if need in needs:
+                found[name] = getattr(seen, name)[:, :, prefix:]
+                if prefix and name != "v":
+                    found[f"cls_{name}"] = getattr(seen, name)[:, :, 0]
+        if "cls_attention" in needs:
+            found["cls_row"] = rows(seen.q[:, :, :1], seen.k, None, seen.scale)[:, :, 0, prefix:]
+        if "received" in needs:
+            found["received"] = received(seen.q, seen.k, None, seen.scale)[:, prefix:]
+    return Signals(**found)
+
+
+def slots(y: Tensor, ledger: Ledger, in_place: bool) -> Tensor:
+    """Tokens y [I, M, D] among P slots [I, P, D]: in front, or in place of the first patch each holds."""
+    images, patches = ledger.owner.shape
+    here = torch.arange(ledger.n, device=y.device).expand(images, -1)
+    place = ledger.first() if in_place else here
+    if ledger.valid is not None:
+        place = (place if in_place else ledger.valid.cumsum(1) - 1).masked_fill(~ledger.valid, patches)
+    rows_of = place + torch.arange(images, device=y.device).unsqueeze(1) * (patches + 1)
+    empty = y.new_full((images * (patches + 1), y.shape[-1]), EMPTY)
+    return empty.index_copy(0, rows_of.flatten(), y.flatten(0, 1)).unflatten(0, (images, -1))[:, :patches]
