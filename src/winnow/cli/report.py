@@ -5,7 +5,6 @@ Winnow's own.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +19,7 @@ from ._options import Json
 from ._progress import Progress
 
 NAME = "report"
-DOCUMENTS = ("ctd", "seed002")
+DOCUMENTS = ("ctd", "drip", "seed001-flops", "seed002")
 """Recipes of the documents' experiments, which `winnow report NAME` runs and writes up."""
 
 
@@ -80,14 +79,15 @@ def experiment(name: str, out: Path, results: Path | None, **wishes: int | str |
     """Run a document's experiment, as far as its rows are missing, and write its page."""
     recipe = _recipe(name)
     given = {option: value for option, value in wishes.items() if value is not None}
-    takes = [field.name for field in dataclasses.fields(recipe.Wish)]
     for option, value in given.items():
-        if option not in takes:
-            raise ValueError(f"{name} takes no --{option}")
         if isinstance(value, int) and value < 1:
             raise ValueError(f"--{option} {value}: at least 1 is needed")
+    try:
+        wish = recipe.Wish(**given)
+    except TypeError:
+        raise ValueError(f"winnow report {name} does not take all of --{', --'.join(given)}") from None
     with Progress() as progress:
-        return recipe.write(recipe.Wish(**given), results or Path("results") / f"{name}.jsonl", out, progress.say)
+        return recipe.write(wish, results or Path("results") / f"{name}.jsonl", out, progress.say)
 
 
 def write(rows: list[record.Row], pictures: list, out: Path) -> list[Path]:
