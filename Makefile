@@ -11,9 +11,8 @@ setup: .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[dev]"
 	touch $@
 
-demo: setup  ## the main job on photographs that come with a dependency, random weights
-	$(BIN)/winnow compare timm:vit_tiny_patch16_224 --data photographs --out demo --results demo/rows.jsonl \
-	  --method "ToMe(r=8)" --method "ToMe(r=16)" --method "EViT()" --method "TopK()"
+demo: setup  ## the main job on the built-in scenes, with the ViT that ships
+	$(BIN)/winnow compare --out demo --results demo/rows.jsonl
 
 METHODS := $(foreach r,4 8 13 16 20,"ToMe(r=$(r))") \
   $(foreach k,0.97 0.95 0.925 0.9,"PiToMe(keep=Keep($(k)))") \

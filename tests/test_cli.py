@@ -166,6 +166,43 @@ def test_compare_resumes_and_keeps_rows(run, photos, weights, tmp_path):
     assert "ToMe(r=4)" in (tmp_path / "again" / "report.md").read_text()
 
 
+def test_compare_without_arguments(run, tmp_path):
+    """The ViT that ships on the built-in scenes, and a page that says what comes first and who lost it."""
+    code, out, err = run("compare", "-m", "TopK(keep=Keep(0.3))", "--limit", 10, "--time", 0, "--pictures", 2, "--json")
+    assert code == 0, err
+    rows = [record.Row.model_validate(row) for row in json.loads(out)]
+    assert {(row.model, row.data.name, row.data.n) for row in rows} == {("timm:vit_scenes", "scenes", 10)}
+    plain, topk = (next(row for row in rows if row.method == name) for name in (None, "TopK(keep=Keep(0.3))"))
+    assert plain.weights is not None
+    assert plain.accuracy.value >= 0.9
+    assert 0 < topk.objects.kept < 1
+    page = (tmp_path / "compare" / "report.html").read_text()
+    assert "Worst drops first" in page
+    assert "scene 0" in page
+    assert re.search(r"lost by (1|none) of 1 method<", page)
+
+
+def test_default_methods(run, photos, monkeypatch):
+    asked = []
+
+    def stop(self, methods):
+        asked.extend(map(repr, methods))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("winnow.compare.Comparison.run", stop)
+    refused(run("compare", "timm:vit_tiny_patch16_224", "--data", photos), "enough")
+    assert asked == ["ToMe(r=4)", "ToMe()", "PiToMe()", "EViT()", "TopK()", "TopK(keep=Keep(0.5))"]
+
+
+def test_report_of_rows_that_have_no_curve(run, tmp_path):
+    rows = [record.Row(task="t", model=name, weights=None, method=None, role="plain") for name in ("a", "b")]
+    for row in rows:
+        record.append(tmp_path / "rows.jsonl", row)
+    code, out, _ = run("report", "rows.jsonl", "--out", "page", "--json")
+    assert code == 0
+    assert json.loads(out) == ["page/report.html", "page/report.md"]
+
+
 def test_random_weights_report_agreement_only(run, photos):
     code, _, _ = run("compare", MODEL, "--data", photos, "--time", 0, "--pictures", 0, "-m", "ToMe(r=4)")
     assert code == 0
@@ -291,6 +328,6 @@ def test_doctor(run, monkeypatch):
     assert "failed" in out
 
 
-@pytest.mark.parametrize("words", [["lisst"], ["list", "--nope"], ["compare"], ["show"]])
+@pytest.mark.parametrize("words", [["lisst"], ["list", "--nope"], ["doctor"], ["show"]])
 def test_wrong_usage_is_one_line(run, words):
     refused(run(*words), "winnow --help")

@@ -30,6 +30,8 @@ FLAGS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
 ).split()
 METHODS = ("ToMe(r=8)", "EViT(keep=Keep(0.5))", "TopK(keep=Keep(0.5))")
+MAPS = ((-1, 1, 3, 7, 11), (3, 11), (7, 9, 11))
+"""After which blocks each method changed something."""
 PHOTOS = ("cat.jpg", "dog.jpg", "a bowl of fruit.jpg")
 PATIENCE = 60
 """Seconds until the browser is given up."""
@@ -144,17 +146,17 @@ def browser(tmp_path_factory):
 
 
 def sheets(credit="Ann, CC BY 4.0, https://example.org/cat"):
-    """Three photographs, three methods, two layers each; no two pictures alike."""
+    """Three photographs, three methods, the layers of MAPS; no two pictures alike."""
     found = []
     for place, name in enumerate(PHOTOS):
         random = np.random.default_rng(place)
         photo = np.kron(random.integers(0, 256, (4, 4, 3)), np.ones((24, 24, 1))).astype(np.uint8)
         images = []
         for at, method in enumerate(METHODS):
-            for layer in (3, 11):
-                owner = fake_owner(100 * place + 10 * at + layer, 6, 6)
-                images.append((method, f"after block {layer}", 20.0, overlay.draw(photo, owner, (6, 6))))
-        found.append(view.Sheet(name, credit, "tabby", images, photo))
+            for layer in MAPS[at]:
+                owner = fake_owner(100 * place + 20 * at + layer + 1, 6, 6)
+                images.append((method, layer, 20.0, overlay.draw(photo, owner, (6, 6))))
+        found.append(view.Sheet(name, credit, "tabby", images, photo, f"lost by {3 - place} of 3 methods"))
     return found
 
 
@@ -191,13 +193,14 @@ LOOK = """(async () => {
 })()"""
 
 CHOOSE = """(() => {
-  const [image, method] = document.querySelectorAll(".pick select");
-  const seen = [];
-  for (const i of image.options) for (const m of method.options) {
-    image.value = i.value; method.value = m.value;
-    image.dispatchEvent(new Event("change"));
-    const shown = [...document.querySelectorAll(".sheet img")].filter((one) => one.getClientRects().length > 0);
-    seen.push({image: i.text, method: m.text, alts: shown.map((one) => one.alt), pictures: shown.map((one) => one.src)});
+  const [image, method, layer] = document.querySelectorAll(".pick select");
+  const seen = [], drawn = (one) => one.getClientRects().length > 0;
+  for (const i of image.options) for (const m of method.options) for (const l of layer.options) {
+    image.value = i.value; method.value = m.value; layer.value = l.value;
+    layer.dispatchEvent(new Event("change"));
+    const shown = [...document.querySelectorAll(".sheet img")].filter(drawn);
+    seen.push({image: i.text, method: m.text, layer: l.text, alts: shown.map((one) => one.alt),
+      pictures: shown.map((one) => one.src), empty: [...document.querySelectorAll(".strip > p")].filter(drawn).length});
   }
   return seen;
 })()"""
@@ -213,7 +216,7 @@ def test_page_opens(browser, page, width):
     assert len(found["charts"]) == 3, "accuracy against cost and against time at two batch sizes"
     for chart in found["charts"]:
         assert chart["drawn"] == 1 and chart["size"] > 100 and chart["parts"] > 50, chart
-    assert found["images"] == len(PHOTOS) * (1 + 2 * len(METHODS))
+    assert found["images"] == len(PHOTOS) * (1 + sum(map(len, MAPS)))
     assert found["broken"] == []
     assert found["content"] <= width and found["wide"] == []
     assert browser.complaints() == []
@@ -233,16 +236,26 @@ def test_long_credits_break(browser, tmp_path):
 
 @needs_chromium
 def test_selectors_change_the_picture(browser, page):
-    """Each pair of photograph and method shows that photograph's pictures of that method and no others."""
+    """Each choice shows that photograph's maps of that method as they stand after that layer, and no others."""
     browser.open(page, 1280)
     seen = browser.run(CHOOSE)
-    assert [one["image"].split(" – ")[0] for one in seen[:: 1 + len(METHODS)]] == list(PHOTOS), "order as given"
+    layers = sorted({layer for maps in MAPS for layer in maps})
+    assert len(seen) == len(PHOTOS) * (1 + len(METHODS)) * (1 + len(layers))
+    assert [one["image"] for one in seen[:: len(seen) // 3]] == [
+        f"{name} – tabby – lost by {3 - i} of 3 methods" for i, name in enumerate(PHOTOS)
+    ]
     for one in seen:
-        every = one["method"] == "all methods"
-        assert len(one["pictures"]) == 1 + 2 * (len(METHODS) if every else 1), one["alts"]
-        assert one["alts"][0] == one["image"].split(" – ")[0]
-        assert all(every or alt.startswith(one["method"] + ",") for alt in one["alts"][1:])
-    assert len({tuple(one["pictures"]) for one in seen}) == len(seen), "two choices show the same"
+        wanted, empty = [one["image"].split(" – ")[0]], 0
+        for method, maps in zip(METHODS, MAPS):
+            if one["method"] not in (method, "all methods"):
+                continue
+            before = layers[: 1 + [overlay.after(layer) for layer in layers].index(one["layer"])] if (
+                one["layer"] != "overview") else []  # fmt: skip
+            there = overlay.spaced(maps, 3) if one["layer"] == "overview" else [m for m in maps if m in before][-1:]
+            wanted += [f"{method}, {overlay.after(layer)}: 20 tokens" for layer in there]
+            empty += not there
+        assert (one["alts"], one["empty"]) == (wanted, empty), one
+    assert len({src for one in seen for src in one["pictures"]}) == len(PHOTOS) * (1 + sum(map(len, MAPS)))
     assert browser.complaints() == []
 
 
@@ -277,7 +290,7 @@ def test_faults_are_seen(browser, page, tmp_path):
     assert "planted by console" in complaints and "planted by throw" in complaints
     assert set(browser.requests()) == {"http://127.0.0.1:49151/x.png", bad.with_name("beside.png").as_uri()}
     dead = tmp_path / "dead.html"
-    dead.write_text(text.replace("image.onchange = method.onchange = show;", ""), encoding="utf-8")
+    dead.write_text(text.replace("image.onchange = method.onchange = layer.onchange = show;", ""), encoding="utf-8")
     browser.open(dead, 1280)
     seen = browser.run(CHOOSE)
     assert len({tuple(one["pictures"]) for one in seen}) < len(seen)
@@ -302,6 +315,11 @@ def test_worst_drops_come_first():
         "ToMe(r=8)": [1, 0, 0, 0, 1, 0],
         "TopK()": [1, 1, 1, 1, 1, 0],
     })  # fmt: skip
-    assert telling(rows, 6, 4) == [5, 2, 1, 0]
-    assert telling(rows, 6, 6) == [5, 2, 1, 0, 4, 3]
-    assert telling(rows[:1], 6, 2) == overlay.spaced(range(6), 2), "nothing to go by: evenly spaced"
+    lost = [f"lost by {how} of 3 methods" for how in (3, 2, 1, "none")]
+    assert telling(rows, 6, 4) == ([5, 2, 1, 0], lost)
+    assert telling(rows, 6, 6) == ([5, 2, 1, 0, 4, 3], [*lost, lost[-1], "the plain model is wrong too"])
+    assert telling(rows[:1], 6, 2) == (overlay.spaced(range(6), 2), ["", ""]), "nothing to go by: evenly spaced"
+    assert telling(rows[:1], 6, 0) == telling(rows, 6, 0) == ([], [])
+    baseline = rows[1].model_copy(update={"method": "Grid()", "role": "baseline"})
+    assert telling([*rows, baseline], 6, 6) == telling(rows, 6, 6), "baselines are not counted among methods"
+    assert telling([rows[0], baseline], 6, 1) == ([2], ["lost by 1 of 1 baseline"])

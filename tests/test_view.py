@@ -225,7 +225,7 @@ def test_spaced_keeps_the_last():
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_contact_sheet(tmp_path, noise, suffix):
-    layers = [(f"block {i}", fake_owner(i, 5, 7), 20 - i) for i in range(8)]
+    layers = [(i, fake_owner(i + 1, 5, 7), 20 - i) for i in range(-1, 7)]
     path = view.figure(
         noise,
         [("ToMe(r=2)", layers), ("a $x$ <b>", [*layers[:1], ("input", noise, 35)])],
@@ -293,7 +293,7 @@ def sheets(method="ToMe(r=8)"):
     image = np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(image).save(out, "PNG")
-    images = [(method, "block 3", 172, image), (method, "block 11", 100, out.getvalue())]
+    images = [(method, 3, 172, image), (method, 11, 100, out.getvalue())]
     return [view.Sheet("cat.jpg", "Ann, CC BY 4.0, https://example.org/cat", "tabby", images, image)]
 
 
@@ -366,6 +366,16 @@ def test_findings_name_the_winner_and_the_losers(rows):
     assert "cheapest method within 1 point of plain is `ToMe" in view.markdown(rows)
     near = [r for r in rows if r.role == "method" and r.accuracy.value >= 0.871]
     assert f"within 1 point of plain is `{min(near, key=lambda r: r.macs.counted).method}`" in words
+
+
+def test_a_baseline_that_does_not_run_here_is_named(rows):
+    """No row of Downsample though others were searched for: the page and the table say so."""
+    few = [row for row in rows if cells.family(row) != "Downsample"]
+    text = view.markdown(few)
+    assert "does not take it: Downsample." in text
+    assert "no Downsample here" in text
+    for complete in (rows, few[:1], [row for row in few if row.role != "baseline"]):
+        assert "does not take it" not in view.markdown(complete)
 
 
 def test_random_weights_show_agreement(tmp_path):

@@ -223,9 +223,9 @@ class Comparison:
 def paired(rows: Sequence[rec.Row]) -> list[rec.Row]:
     """Each row with its paired tests: against the plain model, and against the most accurate baseline of equal cost.
 
-    Of several rows of one method the newest stands, in the place of the first.
+    Of several rows of one method, counted in one way, the newest stands, in the place of the first.
     """
-    rows = list({row.method: row for row in rows}.values())
+    rows = list({(row.method, row.macs and row.macs.convention): row for row in rows}.values())
     plain = next((row for row in rows if row.role == "plain"), None)
     baselines = [row for row in rows if row.role == "baseline"]
     out = []

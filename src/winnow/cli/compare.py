@@ -22,20 +22,31 @@ from ..data.scenes import patch_objects
 from ..measure import record
 from ..models import LoadedModel
 from ..view import table
-from ..view.sheets import photograph, sheets, telling
+from ..view.sheets import photograph, sheets
 from . import _options as o
 from ._progress import Progress
 from .report import write
 
 NAME = "compare"
+MODEL, DATA = "timm:vit_scenes", "scenes"
+"""What is compared where no model is named: the ViT that ships, on the built-in scenes."""
+METHODS = ("ToMe(r=4)", "ToMe(r=8)", "PiToMe()", "EViT()", "TopK()", "TopK(keep=Keep(0.5))")
+"""What is compared where no method is named."""
 
 
 def command(
-    model: o.Model,
-    method: o.Methods,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=f"{o.MODELS}; not given: the ViT that ships, on the scenes")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help=f"a method as in ToMe(r=8); may be repeated; not given: {', '.join(METHODS)}"
+        ),
+    ] = None,
     data: Annotated[
-        str, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or one of the names photographs and scenes")
-    ] = "photographs",
+        str | None, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or the name photographs or scenes")
+    ] = None,
     split: Annotated[str, typer.Option(help="split or slice of the data, e.g. train[-5000:]")] = "",
     limit: Annotated[int | None, typer.Option(help="so many images, evenly spaced")] = None,
     weights: o.Weights = None,
@@ -48,7 +59,7 @@ def command(
     batch: Annotated[int, typer.Option(help="batch size of the accuracy runs")] = 25,
     time: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated; 0 = none")] = None,
     pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 11,
-    pictures: Annotated[int, typer.Option(help="photographs to show")] = 6,
+    pictures: Annotated[int, typer.Option(help="images to show")] = 6,
     way: o.WayOption = "auto",
     mean: o.Mean = None,
     std: o.Std = None,
@@ -58,9 +69,11 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on."""
-    methods = o.methods_of(method)
+    methods = o.methods_of(method or list(METHODS))
     where, run_way = o.device_of(device, threads), o.way_of(way)
-    images = open_images(data, split=split, limit=limit)
+    images = open_images(data or (DATA if model is None else "photographs"), split=split, limit=limit)
+    if model is None:
+        model, pretrained = MODEL, weights is None
     loaded = o.model_of(model, weights, pretrained, seed, mean, std)
     if loaded.num_classes is None:
         raise ValueError(f"{model} gives features, not classes: compare needs a classifier")
@@ -79,8 +92,7 @@ def command(
         progress.total = len(images)
         rows = comparison.run(methods)
         progress.say("pictures")
-        chosen = telling(rows, len(images), pictures)
-        shown = sheets(comparison.model, images, loaded, methods, chosen, where) if chosen else []
+        shown = sheets(comparison.model, images, loaded, methods, rows, pictures, where)
     made = write(rows, shown, out)
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")

@@ -94,7 +94,7 @@ def write(rows: list[record.Row], pictures: list, out: Path) -> list[Path]:
     """The page, the Markdown and the curves of some rows, in a folder."""
     made = [view.html(rows, pictures, out / "report.html")]
     made.append(view.files.write(out / "report.md", view.markdown(rows).encode()))
-    made.append(view.save(rows, out / "accuracy-macs.svg"))
-    if any(row.latency for row in rows):
-        made.append(view.save(rows, out / "accuracy-time.svg", against="time"))
+    for against in ("macs", "time"):
+        if view.curves.drawable(rows, against):
+            made.append(view.save(rows, out / f"accuracy-{against}.svg", against))
     return made

@@ -12,6 +12,7 @@ from functools import partial
 from typing import cast
 
 from winnow.measure.record import Latency, Paired, Row, Top1
+from winnow.methods import BASELINES
 
 NONE = "–"
 
@@ -92,8 +93,16 @@ def family(row: Row) -> str:
 
 
 def name(row: Row) -> str:
-    """The row's spelling, with the way it ran unless that is `static`."""
-    return (row.method or "plain") + ("" if row.way == "static" else f" · {row.way}")
+    """The row's spelling, with the way it ran unless that is `static` and how it was counted unless in full."""
+    counting = row.macs.convention if row.macs else "mac"
+    return " · ".join([row.method or "plain", *[row.way] * (row.way != "static"), *[counting] * (counting != "mac")])
+
+
+def absent(group: Group) -> list[str]:
+    """Baselines that this model does not take: the search for equal cost was made and found no row of them."""
+    searched = any(row.role == "method" and row.accuracy is not None for row in group.rows)
+    found = {family(row) for row in group.rows if row.role == "baseline"}
+    return sorted({kind.__name__ for kind in BASELINES} - found) if searched and found else []
 
 
 def gmac(row: Row) -> float | None:
@@ -203,7 +212,8 @@ def _baseline(row: Row, group: Group) -> Cell:
         return Cell()
     other = group.find(right.vs_baseline.against)
     theirs = top1(other) if other is not None else None
-    return Cell(right.vs_baseline.against, percent(theirs.value) if theirs else "")
+    notes = [percent(theirs.value)] if theirs else []
+    return Cell(right.vs_baseline.against, "; ".join([*notes, *(f"no {kind} here" for kind in absent(group))]))
 
 
 def _vs_baseline(row: Row, group: Group) -> Cell:

@@ -66,10 +66,9 @@ def curve(rows: Sequence[Row], against: str = "macs", batch: int | None = None, 
     """A matplotlib Figure of the chart, or None where fewer than two rows can be drawn; `narrow` = for a phone."""
     from matplotlib.figure import Figure
 
-    if batch is None:
-        batch = max((one.batch for row in rows for one in row.latency), default=None)
+    batch = _largest(rows) if batch is None else batch
     found = points(rows, against, batch)
-    if len([point for point in found if point.row.role != "plain"]) < 1 or len(found) < 2:
+    if not _enough(found):
         return None
     sheet = Figure(figsize=(4.3, 4.9) if narrow else (9, 4.5), layout="constrained", facecolor="none")
     axes = sheet.add_subplot(facecolor="none")
@@ -79,6 +78,19 @@ def curve(rows: Sequence[Row], against: str = "macs", batch: int | None = None, 
     place = {"loc": "outside lower center", "ncols": 3} if narrow else {"loc": "outside right center"}
     sheet.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6, columnspacing=1.1, **place)
     return sheet
+
+
+def _enough(found: list[Point]) -> bool:
+    return len(found) > 1 and any(point.row.role != "plain" for point in found)
+
+
+def drawable(rows: Sequence[Row], against: str = "macs") -> bool:
+    """Whether any group of comparable rows has a chart."""
+    return any(_enough(points(group.rows, against, _largest(group.rows))) for group in groups(rows))
+
+
+def _largest(rows: Sequence[Row]) -> int | None:
+    return max((one.batch for row in rows for one in row.latency), default=None)
 
 
 def _lines(axes: Any, found: list[Point]) -> None:
@@ -159,10 +171,10 @@ def _axes(axes: Any, against: str, batch: int | None, label: str) -> None:
 
 
 def save(rows: Sequence[Row], path: str | Path, against: str = "macs", batch: int | None = None) -> Path:
-    """Save the chart of the first comparable group as PNG or SVG by suffix, about 900 px wide; ValueError if empty."""
+    """Save the chart of the first group that has one as PNG or SVG by suffix, about 900 px wide; ValueError if none has."""
     form = files.kind(path)
-    found = groups(rows)
-    sheet = curve(found[0].rows, against, batch) if found else None
+    charts = (curve(group.rows, against, batch) for group in groups(rows))
+    sheet = next((chart for chart in charts if chart is not None), None)
     if sheet is None:
         raise ValueError(f"{path}: a curve needs two rows that have both accuracy and {against}")
     sheet.set_facecolor("white")

@@ -15,8 +15,9 @@ from PIL import Image
 from winnow.view import files
 
 Grid = tuple[int, int]
-Layer = tuple[str, Any, float]
-"""Label of a layer, its owner ([P] or [h, w] ints, -1 = dropped; or a ready picture, uint8 [H, W, 3]), tokens there."""
+Layer = tuple[int | str, Any, float]
+"""The block it stands after (-1: before all) or a label, its owner ([P] or [h, w] ints, -1 = dropped; or a ready picture,
+uint8 [H, W, 3]), tokens there."""
 
 DIM, LIFT = 0.24, 26.0  # a dropped pixel becomes LIFT + DIM x its luminance: dark, yet apart from a black kept one
 
@@ -95,6 +96,11 @@ def figure(
     return files.write(path, files.encode(sheet, form))
 
 
+def after(layer: int) -> str:
+    """Where the state after block `layer` is, in words; -1 = entering block 0."""
+    return "entering block 0" if layer < 0 else f"after block {layer}"
+
+
 def spaced(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of the items, evenly spaced, always with the last."""
     if len(items) <= most:
@@ -133,7 +139,8 @@ def _sheet(pixels: np.ndarray, rows: list[tuple[str, list[Layer]]], title: str, 
 
 
 def _captioned(pixels: np.ndarray, layer: Layer, grid: Grid | None) -> tuple[str, np.ndarray]:
-    label, owner, tokens = layer
+    place, owner, tokens = layer
+    label = after(place) if isinstance(place, int) else place
     one = np.asarray(owner)
     if one.ndim != 3:
         one = draw(pixels, one, grid_of(one, pixels.shape[:2], grid))

@@ -19,26 +19,33 @@ import numpy as np
 from winnow.measure.record import Row
 from winnow.view import curves, files
 from winnow.view.cells import Cell, Group, columns, groups, top1
+from winnow.view.overlay import after, spaced
 from winnow.view.summary import sentences
 
 if TYPE_CHECKING:
     import rich.table
 
+QUALITY = 82
+"""Of WebP pictures: edges of patches stay clean, a page of six images stays at a few MB."""
+OVERVIEW = 3
+"""Layers of a method shown at first; the others are there to be chosen."""
 STYLES = {"good": "green", "bad": "red", "quiet": "dim"}
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """The pictures of one photograph: what each method kept or merged, layer by layer."""
+    """The pictures of one image: what each method kept or merged, layer by layer."""
 
     name: str
     credit: str
-    """Who took the photograph, under which licence; shown with every picture."""
+    """Who took it, under which licence; shown with every picture."""
     label: str
-    images: Sequence[tuple[str, str, float, bytes | np.ndarray]]
-    """(method, layer label, tokens, encoded bytes or uint8 [H, W, 3]), in order."""
+    images: Sequence[tuple[str, int, float, bytes | np.ndarray]]
+    """(method, block it stands after, -1: before all, tokens, encoded bytes or uint8 [H, W, 3]), in order."""
     photo: bytes | np.ndarray | None = None
-    """The photograph as the model saw it."""
+    """The image as the model saw it."""
+    lost: str = ""
+    """How many methods lost it, in words; empty where nothing is known of that."""
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
@@ -94,7 +101,9 @@ def html(rows: Sequence[Row], pictures: Sequence[Sheet], path: str | Path) -> Pa
             title=title(found[0]) if len(found) == 1 else "Winnow report",
             groups=[_section(group, i) for i, group in enumerate(found)],
             sheets=[_sheet(sheet) for sheet in pictures],
+            ordered=any(sheet.lost for sheet in pictures),
             methods=list(dict.fromkeys(one[0] for sheet in pictures for one in sheet.images)),
+            layers=[(layer, after(layer)) for layer in sorted({one[1] for sheet in pictures for one in sheet.images})],
         )
     )
     return files.write(path, page.encode("utf-8"))
@@ -169,9 +178,14 @@ def _sheet(sheet: Sheet) -> dict[str, Any]:
     strips: dict[str, list[dict[str, Any]]] = {}
     for method, layer, tokens, image in sheet.images:
         count = f"{tokens:.1f}".removesuffix(".0")
-        strips.setdefault(method, []).append({"layer": layer, "tokens": count, "uri": _uri(image)})
+        one = {"layer": layer, "label": after(layer), "tokens": count, "uri": _uri(image)}
+        strips.setdefault(method, []).append(one)
+    for strip in strips.values():
+        shown = [one["layer"] for one in spaced(strip, OVERVIEW)]
+        strip[:] = [one | {"overview": one["layer"] in shown} for one in strip]
     photo = None if sheet.photo is None else _uri(sheet.photo)
-    return {"name": sheet.name, "credit": sheet.credit, "label": sheet.label, "photo": photo, "strips": strips}
+    name = " – ".join(part for part in (sheet.name, sheet.label, sheet.lost) if part)
+    return {"name": sheet.name, "title": name, "credit": sheet.credit, "photo": photo, "strips": strips}
 
 
 def _uri(image: bytes | np.ndarray) -> str:
@@ -180,7 +194,7 @@ def _uri(image: bytes | np.ndarray) -> str:
 
     if isinstance(image, np.ndarray):
         out = io.BytesIO()
-        Image.fromarray(image).save(out, "WEBP", quality=88)
+        Image.fromarray(image).save(out, "WEBP", quality=QUALITY)
         image = out.getvalue()
     with Image.open(io.BytesIO(image)) as opened:
         form = (opened.format or "png").lower()

@@ -20,7 +20,7 @@ from ..reducer import Method
 from .overlay import draw, spaced
 from .report import Sheet
 
-Layers = list[tuple[str, np.ndarray, int]]
+Layers = list[tuple[int, np.ndarray, int]]
 
 
 def photograph(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -31,8 +31,8 @@ def photograph(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 @torch.inference_mode()
-def layers_of(model: nn.Module, method: Method, images: Tensor, most: int | None = 3) -> list[Layers]:
-    """Per image: (layer label, owner [h, w], real tokens) wherever the tokens changed, at most `most` of them."""
+def layers_of(model: nn.Module, method: Method, images: Tensor) -> list[Layers]:
+    """Per image: (block, owner [h, w], real tokens) after every block that changed the tokens; -1 = entering block 0."""
     with winnow.reduced(model, method):
         if winnow.reducer_of(model).quantiles():
             winnow.calibrate(model, [images])
@@ -47,41 +47,61 @@ def layers_of(model: nn.Module, method: Method, images: Tensor, most: int | None
             owners = ledger.owner.cpu().numpy()
             owners = owners.reshape(-1, *tokens.grid) if tokens.grid else owners
             for image, owner in enumerate(owners):
-                label = "entering block 0" if layer < 0 else f"after block {layer}"
-                found[image].append((label, owner, int(counts[image])))
-    fresh = [layers[1:] if len(layers) > 1 else layers for layers in found]  # the untouched start shows nothing
-    return [spaced(layers, most) if most else layers for layers in fresh]
+                found[image].append((layer, owner, int(counts[image])))
+    return [layers[1:] if len(layers) > 1 else layers for layers in found]  # the untouched start shows nothing
 
 
 def sheets(
-    model: nn.Module, images: Any, loaded: Any, methods: Sequence[Method], chosen: Sequence[int], device: Any = "cpu"
+    model: nn.Module,
+    images: Any,
+    loaded: Any,
+    methods: Sequence[Method],
+    rows: Sequence[Row],
+    how_many: int,
+    device: Any = "cpu",
 ) -> list[Sheet]:
-    """One sheet per chosen image: the photograph and what each method kept or merged."""
+    """Sheets of the most telling images by these rows: the picture, what each method kept or merged, who lost it."""
+    chosen, lost = telling(rows, len(images), how_many)
+    if not chosen:
+        return []
     pixels = torch.stack([loaded.transform(images[i][0]) for i in chosen])
     photos = photograph(pixels, loaded.mean, loaded.std)
-    shown: list[list[tuple[str, str, float, Any]]] = [[] for _ in chosen]
+    shown: list[list[tuple[str, int, float, Any]]] = [[] for _ in chosen]
     for method in methods:
         for place, layers in enumerate(layers_of(model, method, pixels.to(device))):
-            for label, owner, tokens in layers:
+            for layer, owner, tokens in layers:
                 grid = (int(owner.shape[0]), int(owner.shape[1])) if owner.ndim == 2 else _square(owner.size)
-                shown[place].append((repr(method), label, tokens, draw(photos[place], owner.reshape(-1), grid)))
+                shown[place].append((repr(method), layer, tokens, draw(photos[place], owner.reshape(-1), grid)))
     labels = images.labels
     names = images.classes
     out = []
     for place, i in enumerate(chosen):
         label = "" if labels is None else names[labels[i]] if names else f"class {labels[i]}"
-        out.append(Sheet(images.key(i), images.credit(i), label, shown[place], photos[place]))
+        out.append(Sheet(images.key(i), images.credit(i), label, shown[place], photos[place], lost[place]))
     return out
 
 
-def telling(rows: Sequence[Row], n: int, how_many: int) -> list[int]:
-    """Images worth a look: those the plain model gets right and most reduced ones get wrong; else evenly spaced."""
-    hits = {row.method: unpack(row.accuracy.hits, n) for row in rows if row.accuracy and row.accuracy.hits}
-    plain = hits.pop(None, None)
-    if plain is None or not hits:
-        return spaced(range(n), min(how_many, n))
-    lost = np.where(plain, sum((~hit).astype(int) for hit in hits.values()), -1)
-    return [int(i) for i in np.argsort(-lost, kind="stable")[:how_many]]
+def telling(rows: Sequence[Row], n: int, how_many: int) -> tuple[list[int], list[str]]:
+    """Images worth a look and who lost them, in words: those the plain model gets right, worst drops first.
+
+    Methods count, baselines only where there are no methods. Evenly spaced images and no words where rows cannot say.
+    """
+    scored = [row for row in rows if row.accuracy and row.accuracy.hits and row.role != "plain"]
+    scored = [row for row in scored if row.role == "method"] or scored
+    plain = next((row for row in rows if row.role == "plain" and row.accuracy and row.accuracy.hits), None)
+    if plain is None or not scored:
+        chosen = spaced(range(n), min(how_many, n)) if how_many else []
+        return chosen, [""] * len(chosen)
+    missed = sum(1 - unpack(row.accuracy.hits, n).astype(int) for row in scored)  # type: ignore[union-attr, misc]
+    lost = np.where(unpack(plain.accuracy.hits, n), missed, -1)  # type: ignore[union-attr]
+    chosen = [int(i) for i in np.argsort(-lost, kind="stable")[:how_many]]
+    return chosen, [_lost(int(lost[i]), len(scored), scored[0].role) for i in chosen]
+
+
+def _lost(count: int, of: int, role: str) -> str:
+    if count < 0:
+        return "the plain model is wrong too"
+    return f"lost by {count or 'none'} of {of} {role}{'s' * (of > 1)}"
 
 
 def _square(patches: int) -> tuple[int, int]:

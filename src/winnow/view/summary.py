@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from winnow.measure.record import Row
-from winnow.view.cells import Group, at, family, gmac, name, percent, speed, top1, verdict
+from winnow.view.cells import Group, absent, at, family, gmac, name, percent, speed, top1, verdict
 
 
 def sentences(group: Group) -> list[str]:
     """Plain-language findings of one group, most important first; method spellings stand between backticks."""
-    parts = [_agreement(group), _plain(group), _best(group), _baselines(group), _frontier(group), *_clock(group)]
+    parts = [_agreement(group), _plain(group), _best(group), _baselines(group), _absent(group), _frontier(group)]
+    parts += _clock(group)
     return [part for part in parts if part]
 
 
@@ -75,6 +76,13 @@ def _baselines(group: Group) -> str:
     if how["even"]:
         words += f" Not shown to beat {_or(dict.fromkeys(_rival(row) for row in how['even']))}: {_list(how['even'])}."
     return words
+
+
+def _absent(group: Group) -> str:
+    missing = absent(group)
+    if not missing:
+        return ""
+    return f"Not among the baselines, because this family of models does not take it: {', '.join(missing)}."
 
 
 def _frontier(group: Group) -> str:

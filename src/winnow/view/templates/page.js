@@ -20,15 +20,23 @@ for (const table of document.querySelectorAll("table")) {
 }
 const pick = document.querySelector(".pick");
 if (pick) {
-  const [image, method] = pick.querySelectorAll("select");
+  const [image, method, layer] = pick.querySelectorAll("select");
   const show = () => {
     for (const sheet of document.querySelectorAll(".sheet")) {
       sheet.hidden = sheet.dataset.at !== image.value;
-      for (const part of sheet.querySelectorAll("[data-method]"))
+      sheet.classList.toggle("single", layer.value !== "");
+      for (const part of sheet.querySelectorAll("[data-method]")) {
         part.hidden = method.value !== "all" && part.dataset.method !== method.value;
+        const maps = [...part.querySelectorAll("figure")];
+        // a map holds until the next block that changes something
+        const now = maps.filter((map) => +map.dataset.layer <= +layer.value).pop();
+        for (const map of maps)
+          map.hidden = layer.value === "" ? !map.classList.contains("overview") : map !== now;
+        part.querySelector("p").hidden = layer.value === "" || now !== undefined;
+      }
     }
   };
   pick.hidden = false;
-  image.onchange = method.onchange = show;
+  image.onchange = method.onchange = layer.onchange = show;
   show();
 }
