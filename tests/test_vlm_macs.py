@@ -165,7 +165,7 @@ def test_refusals(words, message):
 def test_unknown_models_are_refused():
     with pytest.raises(TypeError, match="LLaVA"):
         vlm_macs(transformers.LlamaConfig(), 64, 64)
-    with pytest.raises(ValueError, match="multiple of 2"):
+    with pytest.raises(ValueError, match="multiples of 2"):
         vlm_macs(qwen(), 4, 64)
     with pytest.raises(TypeError, match="counted as"):
         vlm_macs(transformers.LlavaNextConfig(), 64, 64)

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from . import compare, doctor, list_, lr_find, measure, report, show, train
+from . import eval as eval_
 
 # typer may carry its own copy of click, so the base of its errors is looked up rather than imported
 Usage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -21,6 +22,7 @@ app = typer.Typer(
 )  # fmt: skip
 for verb in (list_, show, doctor, measure, compare, report, train, lr_find):
     app.command(name=verb.NAME)(verb.command)
+app.add_typer(eval_.app, name=eval_.NAME)
 
 
 @app.callback()
