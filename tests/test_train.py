@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import winnow
 from winnow.cli import main as cli_main
+from winnow.cli.report import write as write_report
 from winnow.data.scenes import scene
 from winnow.measure import record
 from winnow.measure.accuracy import macro_f1
@@ -193,6 +194,20 @@ def test_a_run_leaves_lines_weights_curves_and_a_row(whole):
     assert kept == row and kept.train is not None and kept.train.steps == 6 and kept.data.n == 10
     assert kept.train.loss == pytest.approx(sum(line["loss"] for line in steps(out)) / 6)
     assert kept.train.last == kept.accuracy.value == epoch["val"]["top1"] and kept.train.settings["optim.ema"] == 0.9
+
+
+def test_a_table_of_runs_is_made_of_rows(whole, tmp_path):
+    folder, row = whole
+    made = write_report(record.read(folder / "rows.jsonl"), [], tmp_path)
+    head, _, line = made[0].read_text().splitlines()
+    cells = dict(zip(head.split("|"), line.split("|"), strict=True))
+    assert [path.name for path in made] == ["training.md"] and cells[" recipe "] == " tiny "
+    assert (
+        cells[" method "] == " `PatchDropout()` "
+        and cells[" from "] == " scratch "
+        and cells[" tokens in training "] == " 8.0 "
+    )
+    assert cells[" top-1 % "].startswith(f" {100 * row.train.last:.1f} (") and cells[" batch "] == " 8 "
 
 
 def test_the_weights_it_leaves_are_the_averaged_ones_and_load_into_the_plain_model(whole):

@@ -15,6 +15,7 @@ import typer
 from .. import view
 from ..compare import paired
 from ..measure import record
+from ..view.training import table as training_table
 from ._options import Json
 from ._progress import Progress
 
@@ -91,8 +92,13 @@ def experiment(name: str, out: Path, results: Path | None, **wishes: int | str |
 
 
 def write(rows: list[record.Row], pictures: list, out: Path) -> list[Path]:
-    """The page, the Markdown and the curves of some rows, in a folder."""
-    made = [view.html(rows, pictures, out / "report.html")]
+    """The page, the Markdown and the curves of some rows, in a folder; training runs have a table of their own."""
+    trained = [row for row in rows if row.train is not None]
+    made = [view.files.write(out / "training.md", training_table(trained).encode())] if trained else []
+    rows = [row for row in rows if row.train is None]
+    if not rows:
+        return made
+    made.append(view.html(rows, pictures, out / "report.html"))
     made.append(view.files.write(out / "report.md", view.markdown(rows).encode()))
     for against in ("macs", "time"):
         if view.curves.drawable(rows, against):

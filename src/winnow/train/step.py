@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .._reduce import is_reduced, reducer_of, seat_of
 from .optim import averaged, optimizer_of
@@ -134,6 +135,7 @@ class Stepper:
                 accelerator.backward(found["loss"] / len(parts))
             logged.append({name: value.detach().float() for name, value in found.items() if value.ndim == 0})
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), optim.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded weights have a sharded norm
         self.prepared.step()
         self.optimizer.zero_grad()
         if self.ema is not None:

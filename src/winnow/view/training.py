@@ -1,14 +1,15 @@
-"""Curves of one or several training runs: loss and accuracy by epoch, training beside validation, tokens executed.
+"""Training runs: curves by epoch (loss, accuracy, tokens executed), the rate finder's plot, and a table of runs.
 
 Winnow's own; the colours are those of the other charts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from winnow.measure.record import Row, Training
 from winnow.view import files
 from winnow.view.curves import COLOURS, INK, MUTED
 
@@ -60,6 +61,41 @@ def save_rates(rates: Sequence[float], losses: Sequence[float], suggested: float
     axis.set_xscale("log")
     _dress(axis, "loss, smoothed", "learning rate")
     return files.write(path, files.encode(sheet, form))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown of training runs, in the order of the rows: what was trained from what, how well, at what cost."""
+    cells = [list(_cells(row, row.train)) for row in rows if row.train is not None]
+    heads = [head for head, _ in cells[0]] if cells else []
+    lines = ["| " + " | ".join(heads) + " |", "|:--|:--|:--|:--|" + "--:|" * (len(heads) - 4)]
+    return "\n".join([*lines, *("| " + " | ".join(text for _, text in row) + " |" for row in cells)]) + "\n"
+
+
+def _cells(row: Row, train: Training) -> Iterator[tuple[str, str]]:
+    given, ends = train.settings, row.accuracy
+    start = "pretrained" if given.get("model.pretrained") else str(given.get("model.weights") or "scratch")
+    yield "recipe", train.recipe
+    yield "model", f"`{row.model}`"
+    yield "method", "plain" if row.method is None else f"`{row.method}`"
+    yield "from", f"{start}, frozen" if given.get("freeze") == "backbone" else start
+    yield "batch", str(train.batch)
+    yield "epochs", str(train.epochs)
+    yield "seed", str(row.seed)
+    interval = f" ({_percent(ends.low)}–{_percent(ends.high)})" if ends is not None and ends.low is not None else ""
+    yield "top-1 %", _percent(train.last) + interval
+    yield "best %", _percent(train.best)
+    yield "top-5 %", _percent(train.top5)
+    yield "macro F1 %", _percent(train.f1)
+    yield "train top-1 %", _percent(train.train_top1)
+    yield "gap, points", "–" if train.gap is None else f"{100 * train.gap:+.1f}"
+    yield "tokens in training", "–" if train.tokens is None else f"{sum(train.tokens) / len(train.tokens):.1f}"
+    yield "ms a step", f"{1e3 / train.steps_per_s:.1f}"
+    yield "training, s", f"{train.runtime_s:.0f}"
+    yield "peak MiB", "–" if row.memory_mib is None else f"{row.memory_mib:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _line(axis: Any, lines: Lines, part: str, key: str, scale: float, style: dict[str, Any]) -> None:
