@@ -6,9 +6,11 @@ import copy
 import json
 import math
 import pickle
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -25,6 +27,7 @@ from winnow.parts import loss as losses
 from winnow.parts.choose import evenly, most_likely, relaxed
 from winnow.parts.combine import segments
 from winnow.parts.score import entropy, spikes
+from winnow.recipes import drip as drip_page
 from winnow.recipes import seed001_flops
 from winnow.reducer import Signals
 from winnow.tokens import Ledger, Tokens
@@ -597,3 +600,28 @@ def test_document_001s_column_is_counted_again(tmp_path):
     assert {(r.model, r.method, r.macs.convention, r.macs.counted) for r in rows} == {
         (r.model, r.method, r.macs.convention, r.macs.counted) for r in kept
     }
+
+
+# ---- the page
+
+
+def test_the_page_is_made_of_the_runs_there_are(command, tmp_path):
+    code, _, err = command(
+        "train", "scenes_drip", "--set", "data.train.limit=64", "--set", "data.val.limit=12", "--set", "epochs=1",
+        "--set", "batch=16", "--set", "log.every=1", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = command("report", "drip", "--out", "docs", "--data", "scenes")
+    assert code == 0, err
+    page = (tmp_path / "docs" / "drip.md").read_text(encoding="utf-8")
+    assert "| scenes_drip | 0.25 |" in page and "| scenes_drip | learned |" in page
+    assert "12x12: 36 of 144" in page and "`DRIP(rate=0.25, after=3)`" in page
+    for name in re.findall(r"\]\((drip-[^)]+)\)", page):
+        assert (tmp_path / "docs" / name).is_file(), name
+
+
+def test_rival_boundaries_are_as_many_and_lose_nothing():
+    owners = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]]).numpy()
+    for rival in drip_page.rivals(owners).values():
+        assert (rival.max(1) == owners.max(1)).all() and (np.diff(rival, axis=1) >= 0).all()
+    assert drip_page.rivals(owners)["even"].tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1]]
