@@ -22,6 +22,7 @@ from winnow import (
     Remove,
     ToMe,
     TopK,
+    checks,
 )
 from winnow.checks import CHECKS, check_method
 
@@ -67,6 +68,11 @@ OTHERS = [
     CurriculumDrop(blocks=(0, 1), saliency="gradient", learn="positions"),
 ]
 SLOW = {"compiles_as_one_graph", "exports_with_a_free_batch"}
+ON_TOKENS = {"spelling_round_trips", "reducer_ignores_batch_mates", "gradient_reaches_the_input"}
+ON_MODELS = {
+    check.__name__ for topic in (checks.model, checks.batch, checks.gradients, checks.compiled) for check in topic.CHECKS
+} - (ON_TOKENS | SLOW)
+"""What needs a model: methods of vision-language models are shown on those in tests/test_vlm.py."""
 ALSO_SLOW = [
     ToMe(r=(16, 4)),
     EViT(fuse=False, layers=(1,)),
@@ -106,8 +112,9 @@ def test_most_checks_concern_every_method(method):
     on_tokens = ["ledger_is_sound", "count_is_as_promised", "survivors_in_raster_order",
                  "identical_tokens_stay_finite", "dtype_is_kept", "reducer_ignores_batch_mates",
                  "gradient_reaches_the_input"]  # fmt: skip
-    own = ["features_are_kept_or_averaged"] if method.facts.combine == "other" else []
-    assert set(skips) == {*own, *(on_tokens if method.facts.where == "input" else [])}
+    own = {"features_are_kept_or_averaged"} if method.facts.combine == "other" else set()
+    own |= {"input": {*on_tokens}, "tower": ON_MODELS, "llm": ON_MODELS}.get(method.facts.where, set())
+    assert set(skips) == own
 
 
 def test_all_reports_every_check():
