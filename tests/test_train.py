@@ -6,11 +6,13 @@ import errno
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -497,3 +499,16 @@ def test_the_table_of_keys_is_up_to_date():
     spec.loader.exec_module(made)
     assert made.page() == made.PAGE.read_text(encoding="utf-8"), "run: python docs/training.py"
     assert all(words for _, _, words in describe()), "every key says what it does"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_commands_of_the_pages_name_recipes_and_keys_that_exist(page):
+    found = re.findall(r"winnow (?:train|lr-find) (.*)", "\n".join(fenced((ROOT / page).read_text(encoding="utf-8"))))
+    assert len(found) >= 3
+    for line in found:
+        name, *options = shlex.split(line)
+        load_recipe(name, [text for flag, text in pairwise(options) if flag == "--set"])
+
+
+def fenced(text: str) -> list[str]:
+    return re.findall(r"^```\w+\n(.*?)^```", text, re.S | re.M)
