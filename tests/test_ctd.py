@@ -121,6 +121,9 @@ def test_claims_are_judged_by_the_rows():
 def test_page_and_table():
     text = page(rows())
     assert "32 16 8 4 2 1 1 1" in text and "52 42 34 27 22 18 14 11" in text and "41 26 16 10 6 3 1 1" in text
+    for preset, fewer in (("described", "0.837 | 1.19"), ("coded", "0.590 | 1.69"), ("run", "0.523 | 1.90")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| `seed003_as_{preset}`"))
+        assert line.endswith(f"| {fewer} |")
     line = next(line for line in text.splitlines() if line.startswith(f"| `{RUN}` | 3 |"))
     assert "| 0 min 50 s | 0.50 |" in line and line.endswith("| 59 % | 40 30 20 15 |")
     assert " ± " in line and "| CTD (γ=1.5), theirs | – | 67.53 ± 0.22 |" in text
