@@ -155,7 +155,8 @@ def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path
     lines = []
     for run in runs:
         images = _validation(run)
-        if images.mask(0) is None:
+        mask = images.mask(0)
+        if mask is None or mask.shape != run.loaded.size:  # masks belong to images the model sees as they are
             continue
         seen = look(run, images)
         things = np.stack([patch_objects(images.mask(i), seen.grid) for i in range(len(images))])  # type: ignore[arg-type]

@@ -16,10 +16,10 @@ from torch import nn
 
 import winnow
 
-from .. import DRIP
 from ..adapters import host_of
 from ..measure import count_macs, fvcore_macs, record
 from ..measure.closed_form import closed_macs, plain_macs
+from ..methods.drip import DRIP
 from ..view import files
 from ..view.curves import COLOURS, INK, MUTED
 
