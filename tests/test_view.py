@@ -137,6 +137,15 @@ def test_kept_touches_dropped_patches_only(height, width, grid):
     assert (changed == (owner < 0)).all()
 
 
+def test_dropped_patches_of_a_dark_image_are_pale():
+    image = np.random.default_rng(1).integers(0, 60, (32, 32, 3), dtype=np.uint8)
+    owner = np.where(np.arange(16) % 2, -1, np.arange(16))
+    out = overlay.kept(image, owner, (4, 4))
+    dropped = np.kron((owner < 0).reshape(4, 4), np.ones((8, 8), bool))
+    assert out[dropped].min() > image.max() + 40
+    assert (out[~dropped] == image[~dropped]).all()
+
+
 @grid_cases()
 def test_merged_is_the_mean_colour_with_lines_between_owners_only(height, width, grid):
     image = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -145,7 +145,6 @@ class Seed002Reducer(NormThresholdReducer):
 
 KNOWN = {
     "count_is_as_promised": "an image whose norms are all below the threshold keeps no token",
-    "reducer_ignores_batch_mates": "an image that keeps no token is padding only, and alone it is nothing",
     "model_ignores_batch_mates": "padding attends and is averaged, and its amount depends on the batch",
 }
 """At limits that leave some of the contract's tokens, `ledger_is_sound` and `survivors_in_raster_order` fail too."""

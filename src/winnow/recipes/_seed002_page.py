@@ -71,7 +71,7 @@ def _arm(rows: Sequence[Row], way: str, kind: str) -> Arm:
 def _head(arms: list[Arm]) -> str:
     row = arms[0].row
     assert row.data is not None
-    epochs = row.task.removeprefix("seed002, ")
+    epochs = row.task.removeprefix("seed002, ").replace("1 epochs", "1 epoch")
     fewer = "" if epochs == EPOCHS else f" instead of the document's {EPOCHS} (`{COMMAND}` runs those)"
     return f"""# Document 002, as published and corrected
 

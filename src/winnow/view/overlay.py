@@ -20,17 +20,18 @@ Layer = tuple[int | str, Any, float]
 uint8 [H, W, 3]), tokens there."""
 
 DIM, LIFT = 0.24, 26.0  # a dropped pixel becomes LIFT + DIM x its luminance: dark, yet apart from a black kept one
+NIGHT, VEIL = 64.0, 120.0  # in an image whose median luminance is below NIGHT it becomes pale: VEIL + DIM x its luminance
 
 
 def kept(image: Any, owner: Any, grid: Grid) -> np.ndarray:
-    """The image [H, W, 3] uint8 with dropped patches grey and dark, all others untouched."""
+    """The image [H, W, 3] uint8 with dropped patches grey, dark (pale in a dark image), all others untouched."""
     pixels = _pixels(image)
     token = _spread(_cells(owner, grid), pixels)
     return np.where((token < 0)[..., None], _dim(pixels), pixels)
 
 
 def merged(image: Any, owner: Any, grid: Grid, detail: bool = False) -> np.ndarray:
-    """The image [H, W, 3] uint8 with each token's patches in their mean colour, outlined; dropped ones grey and dark.
+    """The image [H, W, 3] uint8 with each token's patches in their mean colour, outlined; dropped ones grey.
 
     With `detail`, a token that holds a single patch shows that patch as photographed, so what is flat has been merged.
     """
@@ -192,7 +193,9 @@ def _luminance(pixels: np.ndarray) -> np.ndarray:
 
 
 def _dim(pixels: np.ndarray) -> np.ndarray:
-    grey = (LIFT + DIM * _luminance(pixels)).round().astype(np.uint8)
+    luminance = _luminance(pixels)
+    lift = VEIL if np.median(luminance) < NIGHT else LIFT
+    grey = (lift + DIM * luminance).round().astype(np.uint8)
     return np.broadcast_to(grey[..., None], pixels.shape)
 
 
