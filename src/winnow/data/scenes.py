@@ -6,6 +6,7 @@ Winnow's own. Every answer is in one small object among eight, so averaging all 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 SHAPES = ("triangle", "disc", "ring", "square", "frame", "diamond", "plus", "cross")
-SPLITS = {"train": 0, "val": 1, "test": 2}
+SPLITS = {"train": (0, 5000), "val": (1, 500), "test": (2, 500)}
+"""Seed and how many scenes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Scene:
     @property
     def label(self) -> int:
         """Index of the triangle's colour."""
-        return list(COLOURS).index(next(thing.colour for thing in self.things if thing.shape == SHAPES[0]))
+        return _label(self.things)
 
     @property
     def caption(self) -> str:
@@ -66,32 +68,59 @@ class Scene:
         return [(f"what colour is the {thing.shape}?", thing.colour) for thing in self.things]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is drawn at random for one scene, before any pixel is."""
+
+    coarse: np.ndarray
+    grain: np.ndarray
+    things: tuple[Thing, ...]
+    light: tuple[float, ...]
+
+
 def scene(seed: int, i: int, things: int = 8) -> Scene:
     """Scene i of a seed, whatever else is drawn; ValueError unless 1 <= things <= 12.
 
     The first eight objects have eight different shapes, the triangle among them; more repeat shapes other than it.
     """
+    plan = _plan(seed, i, things)
+    texture = np.stack([np.asarray(Image.fromarray(plan.coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+                        for c in range(3)], -1)  # fmt: skip
+    image = 15 + 55 * texture.clip(0, 1) + plan.grain
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    for number, (thing, light) in enumerate(zip(plan.things, plan.light), 1):
+        inside = covers(thing)
+        image[inside] = np.array(COLOURS[thing.colour]) * light
+        mask[inside] = number
+    return Scene(image.clip(0, 255).astype(np.uint8), plan.things, mask)
+
+
+def _plan(seed: int, i: int, things: int) -> _Plan:
     if not 1 <= things <= 12:
         raise ValueError(f"scene(things={things}): from 1 to 12 objects fit")
     random = np.random.default_rng([seed, i])
     coarse = random.uniform(0, 1, (4, 4, 3)).astype(np.float32)
-    texture = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-                        for c in range(3)], -1)  # fmt: skip
-    image = 15 + 55 * texture.clip(0, 1) + random.normal(0, 4, (SIZE, SIZE, 1))
-    mask = np.zeros((SIZE, SIZE), np.uint8)
+    grain = random.normal(0, 4, (SIZE, SIZE, 1))
     shapes = [SHAPES[0], *random.permutation(SHAPES[1:])][:things]
     shapes += list(random.choice(SHAPES[1:], max(0, things - len(SHAPES))))
     cells = random.choice(CELLS * CELLS, things, replace=False)
-    step, placed = SIZE / CELLS, []
-    for number, (shape, cell) in enumerate(zip(shapes, cells), 1):
+    step, placed, light = SIZE / CELLS, [], []
+    for shape, cell in zip(shapes, cells):
         row, column = divmod(int(cell), CELLS)
         x, y = ((place + 0.5) * step + random.uniform(-1, 1) for place in (column, row))
-        thing = Thing(str(shape), str(random.choice(list(COLOURS))), float(x), float(y), float(random.uniform(5, 7)))
-        inside = covers(thing)
-        image[inside] = np.array(COLOURS[thing.colour]) * random.uniform(0.85, 1.0)
-        mask[inside] = number
-        placed.append(thing)
-    return Scene(image.clip(0, 255).astype(np.uint8), tuple(placed), mask)
+        colour, radius = str(random.choice(list(COLOURS))), float(random.uniform(5, 7))
+        placed.append(Thing(str(shape), colour, float(x), float(y), radius))
+        light.append(random.uniform(0.85, 1.0))
+    return _Plan(coarse, grain, tuple(placed), tuple(light))
+
+
+def _label(things: tuple[Thing, ...]) -> int:
+    return list(COLOURS).index(next(thing.colour for thing in things if thing.shape == SHAPES[0]))
+
+
+@cache
+def _labels(seed: int, n: int, things: int) -> list[int]:
+    return [_label(_plan(seed, i, things).things) for i in range(n)]
 
 
 def covers(thing: Thing) -> np.ndarray:
@@ -118,18 +147,22 @@ def covers(thing: Thing) -> np.ndarray:
     return (dy <= 0.8) & (dy >= -1.0) & (ax <= (dy + 1.0) * 0.55)
 
 
-def open_scenes(n: int = 500, split: str = "test", things: int = 8) -> Images:
-    """n scenes as image data with masks; the label is the colour of the triangle. ValueError on an unknown split."""
+def open_scenes(n: int | None = None, split: str = "test", things: int = 8) -> Images:
+    """n scenes (None: all of the split) as image data with masks; the label is the colour of the triangle.
+
+    ValueError on an unknown split.
+    """
     split = split or "test"
     if split not in SPLITS:
         raise ValueError(f"scenes have the splits {', '.join(SPLITS)}, not {split!r}")
-    seed = SPLITS[split]
+    seed, all_there = SPLITS[split]
+    n = all_there if n is None else n
     return Images(
         "scenes",
         [f"scene {i}" for i in range(n)],
         lambda i: Image.fromarray(scene(seed, i, things).image),
         lengths=[things] * n,
-        labels=[scene(seed, i, things).label for i in range(n)],
+        labels=_labels(seed, n, things),
         split=split,
         classes=list(COLOURS),
         mask=lambda i: scene(seed, i, things).mask,
