@@ -60,8 +60,10 @@ class Signals:
     """[B, N] attention each patch token receives, mean over heads and queries."""
     noise: Tensor | None = None
     """[B, N] uniform in [0, 1), from the image's own content."""
+    features: Tensor | None = None
+    """[B, N, C] what the projector read, where tokens are "projected"; at "tower" only, as the next three."""
     cls: Tensor | None = None
-    """[B, C] the class token's own features; at "tower" only, as the next two."""
+    """[B, C] the class token's own features."""
     cls_q: Tensor | None = None
     """[B, H, D] its query."""
     cls_k: Tensor | None = None

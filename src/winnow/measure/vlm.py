@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,14 +129,11 @@ def _method_plan(tower: Tower, llm: Decoder, method: Method, text: int) -> _Plan
         n = setting.patches
         assert n is not None
         kept = method.count(n, 0, n)
-        projected = n if tower.merge > 1 or "projected" in facts.needs else kept
-        return _Plan(
-            every, tower.patches if tower.merge > 1 else projected, (kept,) * llm.depth, reducer.macs(n, 0, setting)
-        )
+        read, wide = (n, tower.widths[-1]) if "projected" in facts.needs else (kept, setting.width)
+        own = reducer.macs(n, 0, replace(setting, width=wide, prefix=tower.prefix))
+        return _Plan(every, _read(tower, read), (kept,) * llm.depth, own)
     if facts.where != "block":
-        raise ValueError(
-            f"{method} acts at {facts.where!r}: a method inside the blocks, at the tower or in the language model"
-        )
+        raise ValueError(f'{method} acts at "{facts.where}": "block", "tower" and "llm" are known here')
     counts = method.counts(setting)
     own = sum(reducer.macs(counts[layer], layer, setting) for layer in method.sites(setting.depth))
     kept = counts[tower.made + 1]
@@ -152,7 +149,10 @@ def _llm_plan(tower: Tower, llm: Decoder, method: Method, text: int) -> _Plan:
         if layer in method.sites(llm.depth):
             own += reducer.macs(n, layer, llm.setting)
             if "text_attention" in method.facts.needs:
-                own += llm.row(n + text) + (llm.entry(n + text) if method.facts.ahead else 0)
+                rows = (
+                    text if hasattr(reducer, "raters") else 1
+                )  # raters are chosen by content: all of the text at most
+                own += rows * llm.row(n + text) + (llm.entry(n + text) if method.facts.ahead else 0)
             n = method.count(n, layer, tower.tokens)
         kept.append(n)
     every = (tower.patches,) * (tower.depth + 1)

@@ -6,7 +6,9 @@ One file is one method; to add one, see CONTRIBUTING.md.
 from __future__ import annotations
 
 from ..reducer import Method
+from .cd_pruner import CDPruner
 from .curriculum_drop import CurriculumDrop
+from .div_prune import DivPrune
 from .downsample import Downsample
 from .drip import DRIP
 from .evit import EViT
@@ -19,8 +21,11 @@ from .pool import Pool
 from .prumerge import PruMerge
 from .pyramid_drop import PyramidDrop
 from .random import Random
+from .sparse_vlm import SparseVLM
 from .tome import ToMe
 from .topk import TopK
+from .vis_pruner import VisPruner
+from .vision_zip import VisionZip
 
 METHODS: tuple[type[Method], ...] = (
     ToMe,
@@ -32,8 +37,13 @@ METHODS: tuple[type[Method], ...] = (
     PatchDropout,
     CurriculumDrop,
     PruMerge,
+    VisionZip,
+    DivPrune,
+    CDPruner,
+    VisPruner,
     FastV,
     PyramidDrop,
+    SparseVLM,
     Random,
     Grid,
     Pool,
