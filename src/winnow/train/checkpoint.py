@@ -81,7 +81,10 @@ def _read(path: Path) -> Checkpoint:
     for name, wanted in manifest["sha256"].items():
         if hashlib.sha256(data[name]).hexdigest() != wanted:
             raise ValueError(f"{name} is not as it was written, {len(data[name])} bytes")
-    weights = {Path(name).stem: load(raw) for name, raw in data.items() if name.endswith(".safetensors")}
+    # sorted, since safetensors gives another order in every process, and sharded weights are scattered one by one
+    weights = {
+        Path(name).stem: dict(sorted(load(raw).items())) for name, raw in data.items() if name.endswith(".safetensors")
+    }
     state = torch.load(BytesIO(data["state.pt"]), map_location="cpu", weights_only=True)
     return Checkpoint(manifest["step"], weights, state)
 
