@@ -212,8 +212,9 @@ class Training:
                     run = seat_of(inner).run
                     tally.add_tokens(run.valid_counts[fresh], run.counts)
         metrics, hits, tokens = tally.done(place.total)
-        real, executed = tokens if tokens is not None else (None, [])
-        return Scores(metrics, real, hits, executed)
+        if tokens is None:
+            return Scores(metrics, hits=hits)
+        return Scores(metrics, tokens[0], hits, executed=tokens[1])
 
     def _share(self, place: Place) -> tuple[int, Cached]:
         """Images of this process that no other has, and their batches (kept in memory if they are few)."""
