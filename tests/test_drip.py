@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_more_families as families
 import timm
 import torch
 from conftest import reference
@@ -21,6 +22,7 @@ import winnow
 from winnow import DRIP, Padded
 from winnow._reduce import seat_of
 from winnow.backbones.drip_seed001 import Predictor, Seed001, downsample
+from winnow.checks.case import ready
 from winnow.cli import main
 from winnow.measure import record
 from winnow.parts import loss as losses
@@ -268,6 +270,59 @@ def test_reentrant_checkpointing_is_refused():
     block.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(torch.randn(2, 3, 48, 48))
+
+
+# ---- any host, any wrapper
+
+HOSTS = "eva02 beit open_clip open_clip-pooler torch hf-vit hf-clip hf-siglip dinov3".split()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_it_trains_on_any_host(name):
+    """In training, with padding in every later block: the ways agree, batch mates do not matter, both losses arrive."""
+    x, outputs, found = families.images(name), [], []
+    for way in ("auto", "masked", Padded(4)):
+        model = winnow.reduce(families.made(name), DRIP(rate=(0.6, 0.5), after=(1, 2)), way).train()
+        reducer = winnow.reducer_of(model)
+        ready(reducer)
+        outputs.append(families.run(model, name, x))
+        found.append(reducer.loss()["boundary"])
+    for output, loss in zip(outputs[1:], found[1:]):
+        torch.testing.assert_close(output, outputs[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(loss, found[0])
+    for loss in (outputs[-1].square().mean(), found[-1]):
+        reducer.zero_grad()
+        loss.backward(retain_graph=True)
+        assert all(p.grad is not None and bool(p.grad.any()) for p in reducer.parameters())
+    with torch.no_grad():
+        alone = families.run(model, name, families.one(x, name, 1))
+    torch.testing.assert_close(alone, families.one(outputs[-1], name, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_step_under_autocast_and_compiled():
+    model = winnow.reduce(vit(depth=3), DRIP(rate=0.25, after=1)).train()
+    reducer, images = winnow.reducer_of(model), torch.randn(4, 3, 48, 48)
+
+    def step(x):
+        return model(x).square().mean() + reducer.loss()["boundary"]
+
+    eager = step(images)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(images)
+    torch.testing.assert_close(compiled, eager)
+    grads = []
+    for loss in (eager, compiled):
+        model.zero_grad()
+        loss.backward()
+        grads.append(reducer.predictors[0].hidden.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+    torch._dynamo.reset()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(images)
+    loss.backward()
+    assert float(loss) == pytest.approx(float(eager), rel=0.1)
+    assert bool(reducer.predictors[0].hidden.weight.grad.any())
 
 
 # ---- cost and content

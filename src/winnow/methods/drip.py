@@ -226,7 +226,7 @@ class DRIPReducer(Reducer):
 
 
 class Perceptron(nn.Module):
-    """Log-odds of a boundary from the token alone: two layers, exact GELU, twice the width inside."""
+    """Log-odds of a boundary from the token alone, normalised: two layers, exact GELU, twice the width inside."""
 
     def __init__(self, width: int, rate: float, smart: bool) -> None:
         super().__init__()
@@ -239,6 +239,8 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N]"""
+        # hosts' streams differ a hundredfold in scale; saturated log-odds would have no gradient
+        x = F.layer_norm(x, x.shape[-1:])
         return _precise(self.out(F.gelu(self.hidden(x))).squeeze(-1))
 
     def macs(self, n: int) -> float:

@@ -239,7 +239,7 @@ def _losses(rows: Path) -> str:
         if row.train is None or row.train.best is None or "boundary_ratio" not in row.train.figures:
             continue
         share = row.train.figures["boundary_ratio"]
-        lines.append(f"| {row.train.recipe} | `{row.method}` | {row.train.best:.1%} | {share:.3f} |")
+        lines.append(f"| {row.train.recipe} | `{row.method or row.model}` | {row.train.best:.1%} | {share:.3f} |")
     head = "| recipe | method | best top-1 | boundary ratio, last epoch |\n|:--|:--|--:|--:|\n"
     return "## Rate losses compared\n\n" + head + "\n".join(lines) + "\n" if lines else ""
 
