@@ -5,11 +5,13 @@ Winnow's own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._reading import Seen, reading
@@ -44,20 +46,72 @@ def project(slot: Slot, features: Tensor) -> Tensor:
     run = partial(type(projector).forward, projector)
     where, needs = seat.facts.where, seat.facts.needs
     if where == "tower":
-        tokens = reduce(seat, run(features) if "projected" in needs else features)
+        tokens = reduce(seat, run(features), features) if "projected" in needs else reduce(seat, features)
     else:
         tokens = replace(seat.run.tokens[seat.vlm.made], x=features)
     y = tokens.x if "projected" in needs else run(tokens.x)
     return slots(y, tokens.ledger, seat.vlm.in_place)
 
 
-def reduce(seat: Any, x: Tensor) -> Tokens:
-    """One call of the reducer on features x [I, N, C]."""
+def reduced_features(slot: Slot, *args: Any, **words: Any) -> Any:
+    """`get_image_features` of a host whose tower merges patches: what comes out is reduced, images of one size together."""
+    seat: Any = slot.seat
+    core: Any = slot.module
+    out: Any = type(core).get_image_features(core, *args, **words | {"return_dict": True})
+    found, grids = out.pooler_output, seat.vlm.grids(*args, **words)
+    rows = list(found)
+    if isinstance(grids, int):  # tiles of one size, some hosts join those of a sample
+        pieces, side = torch.cat(rows).split(grids), math.isqrt(grids)
+        made = torch.cat(_sized(seat, list(pieces), [(side, side)] * len(pieces)))
+        kept = list(made.split([len(row) for row in rows]))
+    else:
+        kept = _sized(seat, rows, grids)
+    out.pooler_output = torch.stack(kept) if isinstance(found, Tensor) else kept
+    return out
+
+
+def _sized(seat: Any, features: list[Tensor], grids: list[tuple[int, int]]) -> list[Tensor]:
+    """Slots [P, D] of each image's features [P, D]; images of one grid go together, the run ends with all of them."""
+    kept: dict[int, Tensor] = {}
+    before: dict[int, Ledger] = {}
+    after: dict[int, Ledger] = {}
+    sizes = list(dict.fromkeys(grids))
+    for grid in sizes:
+        members = [image for image, one in enumerate(grids) if one == grid]
+        x = torch.stack([features[image] for image in members])
+        seat.begin(x, grid)
+        tokens = reduce(seat, x)
+        kept |= dict(zip(members, slots(tokens.x, tokens.ledger, True)))
+        for into, ledger in ((before, seat.run.tokens[-1].ledger), (after, tokens.ledger)):
+            into |= {image: _row(ledger, place) for place, image in enumerate(members)}
+    if len(sizes) > 1:
+        run, images = seat.run, range(len(features))
+        run.grid, run.scores = None, {}
+        for layer, ledgers in ((-1, before), (0, after)):
+            run.tokens[layer] = Tokens(x.new_empty(0), _joined([ledgers[image] for image in images]))
+    return [kept[image] for image in range(len(features))]
+
+
+def _row(ledger: Ledger, image: int) -> Ledger:
+    valid = None if ledger.valid is None else ledger.valid[image : image + 1]
+    return Ledger(ledger.owner[image : image + 1], ledger.n, valid)
+
+
+def _joined(ledgers: list[Ledger]) -> Ledger:
+    """One ledger of images with different numbers of patches and tokens, padded to the most of both."""
+    patches, n = max(one.owner.shape[1] for one in ledgers), max(one.n for one in ledgers)
+    owners = [F.pad(one.owner, (0, patches - one.owner.shape[1]), value=-1) for one in ledgers]
+    valid = [one.owner.new_ones(1, one.n).bool() if one.valid is None else one.valid for one in ledgers]
+    return Ledger(torch.cat(owners), n, torch.cat([F.pad(one, (0, n - one.shape[1])) for one in valid]))
+
+
+def reduce(seat: Any, x: Tensor, features: Tensor | None = None) -> Tokens:
+    """One call of the reducer on x [I, N, C]; `features` [I, N, C], where x is what the projector made of them."""
     run, n = seat.run, x.shape[1]
     grid = run.grid if run.grid and run.grid[0] * run.grid[1] == n else None
     tokens = Tokens(x, Ledger.start(len(x), n, x.device), grid)
     seat._store(tokens, -1)
-    signals, seat.now.seen, seat.now.cls = _signals(seat, n), None, None
+    signals, seat.now.seen, seat.now.cls = replace(_signals(seat, n), features=features), None, None
     out = seat.reducer(tokens, signals, 0)
     if out.n > n:
         raise ValueError(f"{seat.reducer.method} answers {n} image features with {out.n}: it must not make more")
@@ -69,7 +123,8 @@ def reduce(seat: Any, x: Tensor) -> Tokens:
 
 
 def _signals(seat: Any, n: int) -> Signals:
-    needs, prefix = seat.facts.needs, seat.vlm.tower.setting.prefix
+    needs, tower = seat.facts.needs, seat.vlm.tower
+    prefix = tower.setting.prefix if tower else 0
     seen: Seen | None = seat.now.seen
     found: dict[str, Any] = {"watched": bool(seat.watches), "cls": seat.now.cls}
     if "noise" in needs:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._columns import Columns, renumbered
 from ._decoder import Flow, decode
 from ._run import Host, Patch, Seat, Slot
-from ._tower import EMPTY, look, project
+from ._tower import EMPTY, look, project, reduced_features
 from .parts.combine import take
 from .reducer import Facts, Reducer, Setting
 from .ways import Way
@@ -40,22 +40,29 @@ class Vlm:
     """What puts image features among the embeddings: `get_placeholder_mask`."""
     llm: nn.Module
     """The language model without its head: `layers`, `rotary_emb`, `config`."""
-    tower: Host
-    """The vision tower as its own adapter sees it."""
-    begin: Patch
+    tower: Host | None = None
+    """The vision tower as its own adapter sees it; None where nothing is known of it."""
+    begin: Patch | None = None
     """Where the tower is entered with its images."""
-    projector: nn.Module
-    made: int
+    projector: nn.Module | None = None
+    """What reads the tower's features; None where patches are merged before, and features are reduced as they come out."""
+    made: int = 0
     """Block of the tower whose output the projector reads."""
+    grids: Callable[..., list[tuple[int, int]] | int] | None = None
+    """Without a projector: grids of the images, from the arguments of `get_image_features`; or features per tile."""
     in_place: bool = False
     """Something after the projector needs each token in the slot of its own patch."""
     mrope: bool = False
     """Positions are rows and columns of the image: kept, not renumbered."""
     more: tuple[Patch, ...] = ()
+    follow: Callable[[dict[str, Any], Columns], dict[str, Any]] | None = None
+    """What else the language model is given per column, for the columns that are left."""
     inside: str = ""
     """Why methods inside the tower cannot be served; "" where they can."""
     first: int = 1
     """First block of the language model before which image tokens may leave."""
+    drops: bool = False
+    """Features that are combined would lose what later blocks add to each of them."""
 
 
 class Moment:
@@ -85,23 +92,36 @@ class VlmSeat(Seat):
     def __init__(self, vlm: Vlm, host: Host, reducer: Reducer, way: Way) -> None:
         super().__init__(host, reducer, way)
         self.vlm, self.now = vlm, Moment()
+        early = [site for site in self.sites if self.facts.where == "llm" and site < vlm.first]
+        if early:
+            raise ValueError(
+                f"{reducer.method}: {vlm.family} adds image features in its first blocks, so tokens may leave before "
+                f"block {vlm.first} at the earliest"
+            )
+        if vlm.drops and self.facts.where == "tower" and self.facts.combine != "none":
+            raise TypeError(
+                f"{reducer.method} combines tokens, and {vlm.family} adds features to each of them in later blocks: "
+                "methods that only drop work, such as Random(at='tower') or FastV"
+            )
 
 
 def host(vlm: Vlm) -> Host:
     """The host for methods inside the tower, which knows those for methods after it and in the language model."""
     for module in (vlm.model, vlm.core, vlm.llm, vlm.projector):
-        if "forward" in module.__dict__:
+        if module is not None and "forward" in module.__dict__:
             raise TypeError(
                 f"{type(module).__name__} has a replaced forward (spread over devices by accelerate?): "
                 "load the model on one device, and reduce it before anything else wraps it"
             )
     elsewhere = dict.fromkeys(("block", "between", "input"), partial(_inside, vlm))
     elsewhere |= {"tower": partial(_after, vlm), "llm": partial(_llm, vlm)}
+    if vlm.tower is None:
+        return replace(_features(vlm), elsewhere=elsewhere)
     return replace(vlm.tower, family=vlm.family, elsewhere=elsewhere)
 
 
 def _inside(vlm: Vlm, facts: Facts) -> Host:
-    if vlm.inside:
+    if vlm.inside or vlm.tower is None or vlm.projector is None:
         raise TypeError(
             f"{vlm.family} cannot be reduced inside its tower: {vlm.inside}. Works: a method at the tower or llm"
         )
@@ -111,6 +131,8 @@ def _inside(vlm: Vlm, facts: Facts) -> Host:
 
 def _after(vlm: Vlm, facts: Facts) -> Host:
     """The host of methods that act once, on what the projector is about to read."""
+    if vlm.tower is None or vlm.projector is None or vlm.begin is None:
+        return _features(vlm)
     setting, blocks = vlm.tower.setting, vlm.tower.blocks
     reads, gives = bool(facts.needs & SIGNALS), "cls" in facts.needs
     reader = vlm.made + facts.ahead
@@ -136,6 +158,21 @@ def _after(vlm: Vlm, facts: Facts) -> Host:
         offers=(SIGNALS if vlm.tower.views else frozenset())
         | {"noise", "projected", "padding"}
         | ({"cls"} if setting.cls else frozenset()),
+        seat=partial(VlmSeat, vlm),
+    )
+
+
+def _features(vlm: Vlm) -> Host:
+    """The host of methods that act once, on the features that come out of a tower which merges patches itself."""
+    config: Any = vlm.llm.config
+    return Host(
+        family=vlm.family,
+        setting=Setting(1, config.hidden_size, 1, 0, False, None),
+        blocks=tuple(vlm.llm.layers),  # type: ignore[arg-type]
+        views=(),
+        patches=(Patch(vlm.core, "get_image_features", reduced_features, signed=True), *_doors(vlm)),
+        accepts=frozenset({"tower"}),
+        offers=frozenset({"noise", "projected", "padding"}),
         seat=partial(VlmSeat, vlm),
     )
 
@@ -299,7 +336,8 @@ def _shorten(
     given = words.get("position_ids")
     if given is None:
         given = torch.arange(before.seen, before.seen + n, device=x.device)[None]
-    return words | {
+    more = seat.vlm.follow(words, new) if seat.vlm.follow else {}
+    return words | more | {
         "inputs_embeds": take(x, new.index),
         "attention_mask": whole.mask(mask),
         "position_ids": _positions(given, new, before, seat.vlm.mrope),
@@ -307,6 +345,7 @@ def _shorten(
 
 
 def _positions(given: Tensor, new: Columns, before: Columns, mrope: bool) -> Tensor:
+    given = given[..., given.shape[-1] - new.seen :]  # some hosts pass those of the columns in the cache too
     if not mrope:
         return renumbered(given, new, before)
     held = new.values(given)

@@ -24,6 +24,12 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", "hf_dino"),
     ("transformers.models.dinov3_vit.modeling_dinov3_vit", "hf_dino"),
     ("transformers.models.llava.modeling_llava", "hf_llava"),
+    ("transformers.models.llava_next.modeling_llava_next", "hf_llava_next"),
+    ("transformers.models.llava_onevision.modeling_llava_onevision", "hf_llava_next"),
+    ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "hf_qwen_vl"),
+    ("transformers.models.qwen3_vl.modeling_qwen3_vl", "hf_qwen_vl"),
+    ("transformers.models.internvl.modeling_internvl", "hf_internvl"),
+    ("transformers.models.smolvlm.modeling_smolvlm", "hf_internvl"),
     ("torch", "torch_encoder"),
 )
 """(module the family's models come from, module of this folder)."""
