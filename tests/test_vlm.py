@@ -579,8 +579,6 @@ def pixels_of(inputs: dict[str, Any]) -> dict[str, Any]:
 def recompute(
     model, inputs: dict[str, Any], b: int, rows: Tensor, deep: list[Tensor], door: Tensor, kept: dict[int, Tensor]
 ) -> Tensor:
-    model, inputs: dict[str, Any], b: int, rows: Tensor, deep: list[Tensor], door: Tensor, kept: dict[int, Tensor]
-):
     """[NEW, V] greedy logits of sample b; rows, deep: of all placeholders; door [n]: columns the model is given."""
     core, real = model.model, inputs["attention_mask"][b].bool()
     llm, ids = getattr(core, "text_model", None) or core.language_model, inputs["input_ids"]
