@@ -31,7 +31,7 @@ class Question:
             ) from None
         wide = self.clip.config.vision_config.hidden_size
         if wide != width:
-            raise ValueError(f"clip={clip!r} sees {wide} channels, the vision tower has {width}: name the CLIP it comes from")
+            raise ValueError(f"clip={clip!r} sees {wide} channels, the vision tower has {width}: name the tower's CLIP")
         self.width, self.joint = wide, self.clip.config.projection_dim
 
     @torch.no_grad()

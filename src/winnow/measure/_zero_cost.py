@@ -63,7 +63,8 @@ GROUPS = {
     """,
     "questions to a tensor": """
         _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _functional_sym_constrain_range
-        _is_all_true _is_any_true _local_scalar_dense is_pinned is_same_size item sym_constrain_range sym_constrain_range_for_size
+        _is_all_true _is_any_true _local_scalar_dense is_pinned is_same_size item sym_constrain_range
+        sym_constrain_range_for_size
     """,
 }
 ZERO_COST = frozenset(name for group in GROUPS.values() for name in group.split())
