@@ -38,7 +38,7 @@ def load(spec: str, name: str, wish: Wish) -> LoadedModel:
     if not folder.is_dir() and name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"{spec}: no such folder {folder}")
     where = str(folder) if folder.is_dir() else name
-    with quiet(), _no_bars(transformers), reachable_hub():
+    with quiet(), no_bars(transformers), reachable_hub():
         config = one_line(
             spec, "has no configuration that can be read", lambda: transformers.AutoConfig.from_pretrained(where)
         )
@@ -152,7 +152,7 @@ def _meet(spec: str, model: Any, size: tuple[int, int]) -> None:
 
 
 @contextmanager
-def _no_bars(transformers: Any) -> Iterator[None]:
+def no_bars(transformers: Any) -> Iterator[None]:
     """No progress bars of transformers' own meanwhile."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import compare, doctor, list_, lr_find, measure, report, show, train
+from . import compare, doctor, generate, list_, lr_find, measure, report, show, train
 from . import eval as eval_
 
 # typer may carry its own copy of click, so the base of its errors is looked up rather than imported
@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
 )  # fmt: skip
-for verb in (list_, show, doctor, measure, compare, report, train, lr_find):
+for verb in (list_, show, doctor, measure, compare, report, generate, train, lr_find):
     app.command(name=verb.NAME)(verb.command)
 app.add_typer(eval_.app, name=eval_.NAME)
 
