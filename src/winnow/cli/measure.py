@@ -22,7 +22,9 @@ from ..compare import Comparison
 from ..data import open_images
 from ..data.batches import Batch, batches
 from ..measure import Profile, fvcore_macs, profile_model, record, verdict
+from ..measure._evaluating import output_of
 from ..measure.profile import table as profile_table
+from ..measure.step import measure_step
 from ..models import LoadedModel
 from ..reducer import Method
 from . import _options as o
@@ -35,7 +37,9 @@ def command(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="a method as in ToMe(r=8)")] = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
-    convention: Annotated[str, typer.Option(help="mac, or fvcore to re-read old tables")] = "mac",
+    convention: Annotated[
+        str, typer.Option(help="mac, or fvcore to re-read old tables; with --text also fastv or sparsevlm")
+    ] = "mac",
     batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated")] = None,
     pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 15,
     boundaries: Annotated[
@@ -44,6 +48,15 @@ def command(
     data: Annotated[str | None, typer.Option(help="images for --boundaries data, as in winnow compare")] = None,
     split: Annotated[str, typer.Option(help="split or slice of the data")] = "",
     limit: Annotated[int, typer.Option(help="so many images of the data, evenly spaced: one batch")] = 25,
+    step: Annotated[
+        bool, typer.Option("--step", help="a training step: time, memory, tokens; 9 pairs at --batch")
+    ] = False,
+    text: Annotated[
+        int | None, typer.Option(help="so many prompt tokens beside the image's: the whole vision-language model")
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="with --text, patches of the image where any size goes: 48x48")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="MACs, time and memory by layer and operator")] = False,
     way: o.WayOption = "auto",
     results: Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")] = Path(
@@ -56,6 +69,14 @@ def command(
 ) -> None:
     """Measure a model on random images, or on data: GMACs (counted and closed form), time against plain, peak memory."""
     methods = o.methods_of(method)
+    if text is not None:
+        from ._measure_vlm import measure_vlm
+
+        measure_vlm(
+            model, methods, text, grid, batch or [1], pairs=pairs, way=o.way_of(way), convention=convention, results=results,
+            seed=seed, device=o.device_of(device, threads), pretrained=pretrained, as_json=as_json,
+        )  # fmt: skip
+        return
     if (boundaries == "data") != (data is not None):
         raise ValueError("--boundaries data and --data belong together, e.g. --boundaries data --data photographs")
     if boundaries == "even":
@@ -77,6 +98,9 @@ def command(
         chosen = open_images(data, split=split, limit=limit)
         images = next(batches(chosen, loaded.transform, limit, device=where)).images
         source = record.Data(name=chosen.name, split=chosen.split, n=len(chosen), hash=chosen.hash)
+    if step:
+        _steps(net, loaded, methods, run_way, images, source, results, as_json)
+        return
     if profile:
         _profiles(net, methods, run_way, images, as_json)
         return
@@ -112,6 +136,45 @@ def _rows(
         record.append(results, row)
         rows.append(row)
     return rows
+
+
+def _steps(
+    net, loaded: LoadedModel, methods: Sequence[Method], way, images: Tensor, data: record.Data, results: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """A row and a line for every method's training step."""
+    if not methods:
+        raise ValueError('--step compares with the plain model: give a --method, e.g. --method "DRIP(rate=0.25)"')
+    with torch.no_grad():
+        classes = output_of(net(images[:1])).shape[-1]
+    rows = []
+    for method in methods:
+        with winnow.reduced(net, method, way):
+            row = record.Row(
+                task="step", model=loaded.spec, weights=loaded.weights_hash, data=data, method=repr(method),
+                way=str(way), step=measure_step(net, images, classes), device=str(images.device),
+                environment=record.environment(), commit=record.commit(), command=record.command(), time=record.now(),
+            )  # fmt: skip
+        record.append(results, row)
+        rows.append(row)
+        if not as_json:
+            print(_step_line(row))
+    if as_json:
+        print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
+
+
+def _step_line(row: record.Row) -> str:
+    step = row.step
+    assert step is not None
+    share = "" if step.promised is None else (
+        f"; {step.latency.ratio / step.promised:.2f} of the MACs' {step.promised:.2f}x"
+    )  # fmt: skip
+    time = step.latency
+    return (
+        f"{row.method}: a step of batch {time.batch}: {time.plain_ms:.0f} -> {time.reduced_ms:.0f} ms, "
+        f"{verdict(time)}{share}; {step.plain_mib:.0f} -> {step.mib:.0f} MiB above the static state; "
+        f"tokens {step.tokens[0]} -> {step.tokens[-1]}"
+    )
 
 
 def _table(rows: Sequence[record.Row], spread: bool) -> Table:

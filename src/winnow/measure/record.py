@@ -107,6 +107,23 @@ class Latency(_Part):
     threads: int | None = None
 
 
+class Step(_Part):
+    """One training step beside the plain model's; MiB above weights, gradients and optimiser; forward MACs per image."""
+
+    latency: Latency
+    tokens: list[int]
+    """Patch tokens executed while training: entering block 0 and after each block."""
+    plain_mib: float
+    mib: float
+    plain_macs: float | None = None
+    macs: float | None = None
+
+    @property
+    def promised(self) -> float | None:
+        """Plain MACs / reduced MACs: what time can reach."""
+        return self.plain_macs / self.macs if self.plain_macs and self.macs else None
+
+
 class Training(_Part):
     """How the model of this row was trained, and what that cost; `winnow train` writes it."""
 
@@ -140,6 +157,20 @@ class Training(_Part):
     """What the method reported in the last epoch, mean over its steps: boundaries, losses, ..."""
 
 
+class Vlm(_Part):
+    """A vision-language model, per sample of one image: MACs by stage in closed form, tokens, cache, a timed answer."""
+
+    stages: dict[str, float]
+    """vision, reducer, projector, prefill, decode (one token)."""
+    image_tokens: list[int]
+    """Entering each block of the language model."""
+    prompt_tokens: int
+    kv_bytes: int
+    """Of a cache in half precision, after the prompt."""
+    answer: list[Latency] = []
+    """A whole answer, by batch; `Row.latency` is the first token."""
+
+
 class Row(_Part):
     """One measured configuration."""
 
@@ -160,7 +191,9 @@ class Row(_Part):
     objects: Objects | None = None
     latency: list[Latency] = []
     memory_mib: float | None = None
+    step: Step | None = None
     train: Training | None = None
+    vlm: Vlm | None = None
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -223,7 +256,16 @@ def environment() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "platform": platform.machine(), "cpu": _cpu_name()}
     found["threads"] = str(torch.get_num_threads())
-    for name in ("winnow-vision", "torch", "timm", "open_clip_torch", "transformers", "torchvision", "accelerate", "numpy"):
+    for name in (
+        "winnow-vision",
+        "torch",
+        "timm",
+        "open_clip_torch",
+        "transformers",
+        "torchvision",
+        "accelerate",
+        "numpy",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
