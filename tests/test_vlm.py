@@ -698,3 +698,42 @@ def test_positions_go_on_in_a_loop_of_ones_own():
             best = logits[-1].masked_fill(torch.arange(99) == IMAGE, -torch.inf).argmax(-1, keepdim=True)
             out = model(input_ids=best, past_key_values=out.past_key_values)
         torch.testing.assert_close(torch.stack(logits), torch.stack(wanted.logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [PruMerge(), FastV(1, Exactly(5)), PyramidDrop((1, 3), (0.5, 0.25))], ids=repr)
+def test_beams_and_samples_of_one_prompt_go_their_own_ways(method):
+    """A beam's score is that of its tokens fed one by one; two samples of a prompt are those of the prompt given twice."""
+    model, images = tiny(), (2, 1)
+    inputs = prompts("llava", images)
+    winnow.reduce(model, method)
+    beams = generate(model, inputs, num_beams=3, output_scores=True)
+    start = inputs["input_ids"].shape[1]
+    for b in range(2):
+        out, total = model(**only(inputs, images, b), use_cache=True), 0.0
+        for token in beams.sequences[b, start:]:
+            total += float(out.logits[0, -1].log_softmax(-1)[token])
+            out = model(input_ids=token.view(1, 1), past_key_values=out.past_key_values)
+        assert abs(total / NEW - float(beams.sequences_scores[b])) < 1e-4
+    once = generate(model, inputs, do_sample=True, num_return_sequences=2)
+    again = {name: inputs[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")}
+    first, second = inputs["pixel_values"].split([2, 1])
+    twice = generate(model, again | {"pixel_values": torch.cat([first, first, second, second])}, do_sample=True)
+    assert torch.equal(once.sequences, twice.sequences)
+
+
+def test_in_training_adaptive_methods_run_masked():
+    model, inputs = tiny().train(), prompts("llava", (1, 2))
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    winnow.reduce(model, NormThreshold(before=(1,)))
+    with winnow.watch(model) as run:
+        out = model(**inputs, labels=labels)
+    assert run.way == "masked" and out.logits.shape[1] < inputs["input_ids"].shape[1]
+    out.loss.backward()
+    assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.any()
+
+
+def test_saving_and_loading(tmp_path):
+    model, inputs = tiny(), prompts("llava", (1, 2))
+    wanted = generate(winnow.reduce(model, PruMerge(plus=True)), inputs)
+    winnow.save(model, tmp_path / "reducer.safetensors")
+    assert same(generate(winnow.load(tiny(), tmp_path / "reducer.safetensors"), inputs), wanted)
