@@ -81,9 +81,7 @@ class Seed001(nn.Module):
         """[B, num_classes]"""
         return self.parts(image)["logits"]
 
-    def parts(
-        self, image: Tensor, noise: Tensor | None = None, boundary: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def parts(self, image: Tensor, noise: Tensor | None = None, boundary: Tensor | None = None) -> dict[str, Tensor]:
         """Logits, boundary_loss, boundaries (mean count) and ratio; `noise` [B, L] uniform in [0, 1), or boundaries."""
         x = self.patch_embed.proj(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed

@@ -298,7 +298,8 @@ def command() -> str:
     """The command line as typed, without this machine's path to the program."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(("python", "-m", "winnow") if program == "__main__.py" else (program,)), *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

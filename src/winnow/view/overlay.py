@@ -20,7 +20,8 @@ Layer = tuple[int | str, Any, float]
 uint8 [H, W, 3]), tokens there."""
 
 DIM, LIFT = 0.24, 26.0  # a dropped pixel becomes LIFT + DIM x its luminance: dark, yet apart from a black kept one
-NIGHT, VEIL = 64.0, 120.0  # in an image whose median luminance is below NIGHT it becomes pale: VEIL + DIM x its luminance
+NIGHT, VEIL = 64.0, 120.0
+"""In an image whose median luminance is below NIGHT a dropped pixel becomes pale: VEIL + DIM x its luminance."""
 
 
 def kept(image: Any, owner: Any, grid: Grid) -> np.ndarray:
