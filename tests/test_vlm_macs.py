@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import winnow
 from winnow import Exactly, FastV, Keep, PyramidDrop, Random, ToMe
 from winnow.measure import count_vlm_macs, vlm_ceiling, vlm_macs
+from winnow.measure.record import read
 
 transformers = pytest.importorskip("transformers")
 
@@ -169,3 +172,74 @@ def test_unknown_models_are_refused():
         vlm_macs(qwen(), 4, 64)
     with pytest.raises(TypeError, match="counted as"):
         vlm_macs(transformers.LlavaNextConfig(), 64, 64)
+
+
+# ---- winnow measure --text
+
+
+def run(capsys, monkeypatch, *words: str) -> tuple[int, str, str]:
+    from winnow.cli import main
+
+    monkeypatch.setattr("sys.argv", ["winnow", "measure", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    found = capsys.readouterr()
+    return end.value.code, found.out, found.err
+
+
+def test_measure_from_a_configuration_alone(tmp_path, capsys, monkeypatch):
+    """No weights, nothing run: FastV's own convention and the ceiling line."""
+    llava().save_pretrained(tmp_path)
+    monkeypatch.setattr("winnow.cli._measure_vlm.count_vlm_macs", lambda *words, **more: None)  # counted above
+    words = [f"hf:{tmp_path}", "--text", "40", "--batch", "0", "-m", "FastV(layer=3)", "--convention", "fastv"]
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and "56.9%" in out
+    assert f"at most {vlm_ceiling(llava(), 40):.1%} here" in out
+    code, out, _ = run(capsys, monkeypatch, *words, "--json")
+    plain, fastv = json.loads(out)
+    assert plain["prompt_tokens"] == 616 and fastv["image_tokens"] == [576] * 3 + [288] * 29
+
+
+def test_measure_runs_and_keeps_rows(tmp_path, capsys, monkeypatch):
+    from vlms import tiny
+
+    from winnow.measure.vlm_time import per_token
+
+    tiny().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    words = [f"hf:{tmp_path / 'model'}", "--text", "6", "--batch", "2", "--pairs", "9", "--results", str(rows)]
+    code, out, err = run(capsys, monkeypatch, *words, "-m", "FastV(layer=2)")
+    assert code == 0, err
+    assert "batch 2" in out and "can save at most" in out
+    plain, fastv = read(rows)
+    assert plain.macs.counted == pytest.approx(plain.macs.closed) and not plain.latency
+    assert fastv.vlm.image_tokens == [16, 16, 8, 8] and fastv.macs.counted == pytest.approx(fastv.macs.closed)
+    assert fastv.latency[0].batch == fastv.vlm.answer[0].batch == 2
+    assert (
+        fastv.vlm.answer[0].plain_ms > fastv.latency[0].plain_ms
+        and min(per_token(fastv.latency[0], fastv.vlm.answer[0])) > 0
+    )
+    assert fastv.memory_mib > 0
+
+
+def test_inputs_of_a_model_with_windows_run():
+    from winnow.measure.vlm_time import answer, first_token, vlm_inputs
+
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(qwen(pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    model.config.image_token_id = 150
+    model.model.config.image_token_id = 150
+    inputs = vlm_inputs(model, 2, 5, (4, 8))
+    assert int((inputs["input_ids"] == 150).sum()) == 2 * 8
+    with torch.no_grad():
+        assert first_token(model, inputs)().logits.shape[:2] == (2, 1)
+        assert answer(model, inputs, 3)().shape == (2, 13 + 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["timm:vit_tiny_patch16_224", "--text", "5"], "hf:ID_OR_PATH"), (["hf:/nowhere", "--text", "5"], "nowhere")],
+)  # fmt: skip
+def test_measure_refuses_in_one_line(words, message, capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and message in err and len(err.splitlines()) == 1

@@ -38,7 +38,7 @@ def command(
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
     convention: Annotated[
-        str, typer.Option(help="mac, or fvcore to re-read old tables; with --text also fastv or sparsevlm")
+        str, typer.Option(help="mac; fvcore to re-read old tables; with --text fastv, sparsevlm")
     ] = "mac",
     batch: Annotated[list[int] | None, typer.Option(help="batch sizes to time; may be repeated")] = None,
     pairs: Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")] = 15,
