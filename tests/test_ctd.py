@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,16 @@ def row(method, seed=42, right=0.6, seconds=100.0, train=0.7, tokens=None, n=100
     )  # fmt: skip
 
 
+def step(method, progress, ratio, low, high, batch=128):
+    time = record.Latency(batch=batch, plain_ms=100, reduced_ms=100 / ratio, ratio=ratio, low=low, high=high, null=1,
+                          null_low=0.99, null_high=1.01, pairs=9)  # fmt: skip
+    part = record.Step(latency=time, tokens=[64] * 5, progress=progress, plain_mib=2, mib=1)
+    return record.Row(task="step", model="timm:hybrid_vit_small", weights=None, method=repr(method), step=part)
+
+
 def rows():
-    found = []
+    found = [step(RUN, 0.0, 1.0, 0.98, 1.02), step(RUN, 0.5, 3.0, 2.9, 3.1), step(RUN, 0.5, 9.0, 8.0, 9.5, batch=1)]
+    found += [step(CurriculumDrop.seed003_as_described(5), 0.5, 1.1, 1.05, 1.2)]
     for seed in (42, 43, 44):
         found += [row(None, seed), row(RUN, seed, 0.55, 50, tokens=TOKENS["run"])]
     found.append(row(CurriculumDrop.seed003_as_described(5), right=0.8, seconds=90, tokens=TOKENS["described"]))
@@ -99,11 +108,16 @@ def test_ablations_differ_in_one_field():
 def test_claims_are_judged_by_the_rows():
     (arms,) = arms_of(rows())
     found = {one.words: (one.verdict, one.evidence) for one in claims_of(arms)}
-    assert found["training is 1.6 times faster, as run"][0] == "confirmed"
-    assert found["training is 1.6 times faster, as described"] == (
-        "refuted",
-        "1.11 times, 22 % of the patch tokens not executed",
-    )
+    # 2 / (1 / 1 + 1 / 3) = 1.5: its interval, 1.46 to 1.53, is below 1.6
+    words = "1.50 times (1.46 to 1.53), 59 % of the patch tokens not executed"
+    assert found["training is 1.6 times faster, as run"] == ("refuted", words)
+    words = "1.10 times (1.05 to 1.20), 22 % of the patch tokens not executed"
+    assert found["training is 1.6 times faster, as described"] == ("refuted", words)
+    assert found["time falls in proportion to the tokens"][0] == "refuted", "33 % of the time for 59 % of the tokens"
+    assert found["gradients cost 8 % more time than attention"] == ("untested", "no such rows")
+    untimed = [replace(arm, steps=()) for arm in arms]
+    without = {one.words: one.verdict for one in claims_of(untimed)}
+    assert without["training is 1.6 times faster, as run"] == "untested", "times of separate runs say nothing"
     assert found["at most 0.7 points are lost, as run"][0] == "refuted"
     assert found["at most 0.7 points are lost, as described"][0] == "confirmed"
     assert found["35 % of the tokens are dropped"][0] == "refuted"
@@ -125,7 +139,7 @@ def test_page_and_table():
         (line,) = (line for line in text.splitlines() if line.startswith(f"| `seed003_as_{preset}`"))
         assert line.endswith(f"| {fewer} |")
     line = next(line for line in text.splitlines() if line.startswith(f"| `{RUN}` | 3 |"))
-    assert "| 0 min 50 s | 0.50 |" in line and line.endswith("| 59 % | 40 30 20 15 |")
+    assert "| 0 min 50 s | 1.50 (1.46 to 1.53) |" in line and line.endswith("| 59 % | 40 30 20 15 |")
     assert " ± " in line and "| CTD (γ=1.5), theirs | – | 67.53 ± 0.22 |" in text
     assert "### By gamma" in text and "### By saliency" in text and "### By schedule" not in text
     read = list(csv.DictReader(io.StringIO(table(rows()))))
@@ -159,6 +173,7 @@ eval: {{batch: 8}}
     patch.setattr(
         ctd, "runs", lambda wish: (one for one in runs(wish) if one.name in ("plain", "as_run") and one.seed == 42)
     )
+    patch.setattr(ctd, "timed", lambda wish: (CurriculumDrop.seed003_as_run(wish.epochs),))
     results, said = folder / "results" / "ctd.jsonl", []
     wish = ctd.Wish(epochs=2, steps=2)
     paths = ctd.write(wish, results, folder / "out", said.append)
@@ -171,8 +186,10 @@ eval: {{batch: 8}}
 def test_experiment_end_to_end(made):
     folder, paths, said, again = made
     assert [path.name for path in paths] == ["ctd.md", "results.csv", "curves.png", "curves.svg"]
-    assert len(said) == 2 and again == said, "what the rows hold is not trained again"
-    found = record.read(folder / "results" / "ctd.jsonl")
+    assert len(said) == 2 + 2 and again == said, "what the rows hold is neither timed nor trained again"
+    *steps, plain, run = record.read(folder / "results" / "ctd.jsonl")
+    assert [(row.step.progress, row.step.tokens) for row in steps] == [(0.0, [64, 64, 64]), (0.5, [64, 52, 42])]
+    found = [plain, run]
     assert [r.method for r in found] == [None, repr(CurriculumDrop.seed003_as_run(2))]
     assert found[1].train.tokens == [64, (64 + 52) / 2, (64 + 42) / 2]
     assert found[1].counts == [64, 64, 64], "nothing is dropped at validation"

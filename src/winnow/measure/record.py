@@ -113,6 +113,8 @@ class Step(_Part):
     latency: Latency
     tokens: list[int]
     """Patch tokens executed while training: entering block 0 and after each block."""
+    progress: float = 1.0
+    """Share of training done, for methods that go by it."""
     plain_mib: float
     mib: float
     plain_macs: float | None = None

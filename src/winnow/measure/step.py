@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import restore, watch
+from .. import reducer_of, restore, watch
 from ..tasks.classify import Classify
 from ..twin import twin
 from .closed_form import closed_macs, plain_macs
@@ -57,6 +57,6 @@ def measure_step(model: nn.Module, images: Tensor, classes: int, pairs: int = 9)
         for part, training in flags:
             part.training = training
     return Step(
-        latency=time, tokens=run.counts, plain_mib=memory[0], mib=memory[1], plain_macs=plain_macs(plain),
-        macs=None if executed is None else float(executed[0]),
+        latency=time, tokens=run.counts, progress=reducer_of(model).progress, plain_mib=memory[0], mib=memory[1],
+        plain_macs=plain_macs(plain), macs=None if executed is None else float(executed[0]),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import hypot, sqrt
-from statistics import mean, stdev
+from statistics import harmonic_mean, mean, stdev
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from .._parse import parse
 from ..measure import unpack
 from ..measure.accuracy import Z95
-from ..measure.record import Row, Training
+from ..measure.record import Row, Step, Training
 from ..methods import CurriculumDrop
 from ..reducer import Method
 
@@ -28,6 +28,8 @@ class Arm:
 
     method: Method | None
     rows: tuple[Row, ...]
+    steps: tuple[Step, ...] = ()
+    """Its training steps timed in turn with the plain model's, one for each epoch's progress."""
 
     @property
     def name(self) -> str:
@@ -52,6 +54,18 @@ class Arm:
     def seconds(self) -> list[float]:
         """Training time of every seed."""
         return self.each(lambda run: run.runtime_s)
+
+    @property
+    def speed(self) -> tuple[float, float, float] | None:
+        """Plain time / its time over a whole training with a 95 % interval, from steps timed in turn; None without.
+
+        Times of separate trainings are not compared: they say as much of the machine's other work as of the method.
+        """
+        if not self.steps:
+            return None
+        each = [(step.latency.ratio, step.latency.low, step.latency.high) for step in self.steps]
+        middle, low, high = (harmonic_mean(values) for values in zip(*each))
+        return middle, low, high
 
     @property
     def tokens(self) -> list[float]:
@@ -94,7 +108,11 @@ def difference(ours: Arm, theirs: Arm) -> tuple[float, float, float] | None:
 def arms_of(rows: Sequence[Row]) -> list[list[Arm]]:
     """Arms by experiment, rows of one experiment differing in method and seed only; the last row of a seed counts."""
     found: dict[tuple, dict[str | None, dict[int, Row]]] = {}
+    steps: dict[tuple, dict[float, Step]] = {}
     for row in rows:
+        if row.step is not None:
+            where = row.model, row.method, row.step.latency.batch
+            steps.setdefault(where, {})[row.step.progress] = row.step
         if row.train is None:
             continue
         rest = {key: value for key, value in row.train.settings.items() if key not in ("method", "seed")}
@@ -103,10 +121,17 @@ def arms_of(rows: Sequence[Row]) -> list[list[Arm]]:
         found.setdefault(key, {}).setdefault(row.method, {})[row.seed] = row
     return [
         sorted(
-            (Arm(None if method is None else parse(method), tuple(seeds.values())) for method, seeds in by.items()),
+            (
+                Arm(
+                    None if method is None else parse(method),
+                    tuple(seeds.values()),
+                    tuple(steps.get((key[0], method, key[4]), {}).values()),
+                )
+                for method, seeds in by.items()
+            ),
             key=lambda arm: arm.method is not None,
         )
-        for by in found.values()
+        for key, by in found.items()
     ]
 
 

@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .._reduce import reduced, reducer_of
 from ..measure import record
+from ..measure.step import measure_step
 from ..methods import DRIP, CurriculumDrop, PatchDropout, ToMe
+from ..models import load_model
 from ..reducer import Method, Setting
 from ..train.progress import read_log
 from ..train.recipe import Recipe, flat, load_recipe
@@ -103,6 +106,40 @@ def mean_drop(method: CurriculumDrop, epochs: int) -> float:
     return 1 - float(np.mean(counts)) / (SMALL.patches or 1)
 
 
+def timed(wish: Wish) -> tuple[CurriculumDrop, ...]:
+    """Methods whose time the document makes claims of."""
+    run = CurriculumDrop.seed003_as_run(wish.epochs)
+    return run, CurriculumDrop.seed003_as_described(wish.epochs), replace(run, saliency="gradient")
+
+
+def time(wish: Wish, results: Path, say: Say = lambda words: None) -> None:
+    """A row per epoch of the arms whose time the document claims: a training step in turn with the plain model's.
+
+    A few minutes, made once; they want a machine that does nothing else.
+    """
+    for method in timed(wish):
+        recipe = Run("time", method, SEEDS[0]).recipe(wish)
+        part, size = recipe.model, recipe.augment.size or 32
+        made = [
+            row.step for row in _rows(results) if row.method == repr(method) and row.model == part.name and row.step
+        ]
+        options = {"drop_rate": part.drop, "drop_path_rate": part.drop_path} | part.options
+        model = load_model(part.name, num_classes=part.num_classes, options=options).model
+        images = torch.randn(recipe.batch, 3, size, size, generator=torch.Generator().manual_seed(recipe.seed))
+        for epoch in range(wish.epochs):
+            progress = epoch / wish.epochs
+            if any(step.progress == progress and step.latency.batch == recipe.batch for step in made):
+                continue
+            say(f"steps of {method}, epoch {epoch + 1}")
+            with reduced(model, method):
+                reducer_of(model).progress = progress
+                step = measure_step(model, images, part.num_classes)
+            record.append(results, record.Row(
+                task="step", model=part.name, weights=None, method=repr(method), step=step, seed=recipe.seed,
+                environment=record.environment(), commit=record.commit(), command=record.command(), time=record.now(),
+            ))  # fmt: skip
+
+
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
     """Rows of every training, made once: what the results file holds is not made again.
 
@@ -168,7 +205,8 @@ def _same(row: record.Row, recipe: Recipe) -> bool:
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
-    """Train what is missing and write the page, the table and the curves."""
+    """Time and train what is missing and write the page, the table and the curves."""
+    time(wish, results, say)
     return written(run(wish, results, say), out, curves=logs_of(results))
 
 
