@@ -207,6 +207,7 @@ def test_measure_runs_and_keeps_rows(tmp_path, capsys, monkeypatch):
 
     tiny().save_pretrained(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal folds the table
     words = [f"hf:{tmp_path / 'model'}", "--text", "6", "--batch", "2", "--pairs", "9", "--results", str(rows)]
     code, out, err = run(capsys, monkeypatch, *words, "-m", "FastV(layer=2)")
     assert code == 0, err

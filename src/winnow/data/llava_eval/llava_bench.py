@@ -58,7 +58,7 @@ class Judge:
 
 def judge_all(
     judge: Judge, questions_file: Path | str, answers_file: Path | str, reference: Path | str, context: Path | str,
-    rules: Path | str, reviews: Path, say: Callable[[str], None] = lambda text: None,
+    rules: Path | str, *, reviews: Path, say: Callable[[str], None] = lambda text: None,
 ) -> None:  # fmt: skip
     """Ask the judge about every question and append its reviews one by one; those the file holds are not asked again.
 
