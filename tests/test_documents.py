@@ -75,7 +75,9 @@ def verbs() -> dict[str, Any]:
 
 
 def has_option(verb: str, option: str) -> bool:
-    return any(option in parameter.opts for parameter in verbs()[verb].params)
+    command = verbs()[verb]
+    inner = getattr(command, "commands", {}).values()
+    return any(option in parameter.opts for one in (command, *inner) for parameter in one.params)
 
 
 def command_exists(span: str) -> bool:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import open_clip
 import pytest
 import timm
 from conftest import SHARED
@@ -28,6 +29,12 @@ SMALL = (
     *("model.options.depth=4", f"model.options.img_size={SIDE}"),
 )
 """The recipe's own method, schedule, augmentation, optimiser and precision, on a tiny network and eight scenes."""
+SMALL_CLIP = (
+    *SMALL[:8], "contrast.zeroshot={path: scenes, split: 'val[:4]'}", "contrast.classes=null",
+    "contrast.templates=['a {} triangle']", "model.options.embed_dim=16",
+    f"model.options.vision_cfg={{image_size: {SIDE}, patch_size: 8, layers: 4, width: 32, head_width: 16}}",
+    "model.options.text_cfg={context_length: 40, layers: 1, width: 16, heads: 2}",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +42,8 @@ def test_two_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)  # drawn in test_train.py
     whole = load_recipe(name)
     stem = "model.options.stem=[8, 8]" if "hybrid" in whole.model.name else "model.options.patch_size=8"
-    row = train(load_recipe(name, (*SMALL, stem)), tmp_path / "run", name=name, device="cpu")
+    small = SMALL_CLIP if whole.task == "contrast" else (*SMALL, stem)
+    row = train(load_recipe(name, small), tmp_path / "run", name=name, device="cpu")
     lines = read_log(tmp_path / "run" / "log.jsonl")
     losses = [line["loss"] for line in lines if line["event"] == "step"]
     assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses)
@@ -53,11 +61,12 @@ def test_the_header_says_cost_expectation_and_command(name):
     for word in ("Cost: ", "Expected"):
         assert word in header
     assert f"Command: winnow train {name} " in f"{header} "
-    assert timm.is_model(recipe.model.name.removeprefix("timm:").partition(".")[0])
+    host, _, known = recipe.model.name.partition(":")
+    assert timm.is_model(known.partition(".")[0]) if host == "timm" else known in open_clip.list_models()
     for spelled in re.findall(r'"method=([^"]+)"', header):
         winnow.parse(spelled)
     for other in re.findall(r"winnow train (\w+)", header) + re.findall(
-        r"`((?:ctd|cifar|scenes|vit|drip)\w+)`", header
+        r"`((?:ctd|cifar|clip|scenes|vit|drip)\w+)`", header
     ):
         assert other in NAMES
 

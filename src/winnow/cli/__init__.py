@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from . import compare, doctor, generate, list_, lr_find, measure, report, show, train
+from . import data as data_
 from . import eval as eval_
 
 # typer may carry its own copy of click, so the base of its errors is looked up rather than imported
@@ -23,6 +24,7 @@ app = typer.Typer(
 for verb in (list_, show, doctor, measure, compare, report, generate, train, lr_find):
     app.command(name=verb.NAME)(verb.command)
 app.add_typer(eval_.app, name=eval_.NAME)
+app.add_typer(data_.app, name=data_.NAME)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""winnow eval: score answers to LLaVA's benchmarks from LLaVA's own files, without a network.
+"""winnow eval: LLaVA's benchmarks from LLaVA's own files, without a network; zero-shot and retrieval of CLIPs.
 
 Winnow's own.
 """
@@ -16,9 +16,13 @@ from rich.table import Table
 
 from ..data import llava_eval as le
 from . import _options as o
+from . import _zeroshot
 
 NAME = "eval"
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score answers to a benchmark from its own files.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score answers to a benchmark, or a CLIP.")
+
+app.command("zeroshot")(_zeroshot.zeroshot)
+app.command("retrieval")(_zeroshot.retrieve)
 
 Answers = Annotated[Path, typer.Option(help="the model's answers, JSON lines with question_id, prompt, text")]
 Questions = Annotated[Path, typer.Option(help="LLaVA's question file")]

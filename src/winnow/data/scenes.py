@@ -59,8 +59,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """All objects, left to right."""
-        ordered = sorted(self.things, key=lambda thing: thing.x)
-        return ", ".join(f"a {thing.colour} {thing.shape}" for thing in ordered)
+        return _caption(self.things)
 
     @property
     def questions(self) -> list[tuple[str, str]]:
@@ -116,6 +115,17 @@ def _plan(seed: int, i: int, things: int) -> _Plan:
 
 def _label(things: tuple[Thing, ...]) -> int:
     return list(COLOURS).index(next(thing.colour for thing in things if thing.shape == SHAPES[0]))
+
+
+def _caption(things: tuple[Thing, ...]) -> str:
+    ordered = sorted(things, key=lambda thing: thing.x)
+    return ", ".join(f"a {thing.colour} {thing.shape}" for thing in ordered)
+
+
+@cache
+def captions(n: int, split: str, things: int = 8) -> list[str]:
+    """Captions of the first n scenes of a split; no pixel is drawn."""
+    return [_caption(_plan(SPLITS[split][0], i, things).things) for i in range(n)]
 
 
 @cache

@@ -126,7 +126,7 @@ class Classify(nn.Module):
 class Training:
     """Classification as the training loop sees it (`winnow.train.task.Task`)."""
 
-    best = "top1"
+    best, separable, notes = "top1", True, ()
 
     def __init__(self, recipe: Recipe) -> None:
         from ..data.training import TrainSet, mixer  # needs torchvision, which inference does not
@@ -150,7 +150,7 @@ class Training:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
                 winnow.reduce(self.model, winnow.parse(recipe.method))
-        _reducer_weights(self.model, part.weights)
+        reducer_weights(self.model, part.weights)
         if recipe.optim.checkpoint:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.module = Classify(self.model, recipe.label_smoothing, recipe.freeze == "backbone")
@@ -237,7 +237,7 @@ def _open(source: Source):
     return open_images(source.path, split=source.split, limit=source.limit)
 
 
-def _reducer_weights(model: nn.Module, path: Path | None) -> None:
+def reducer_weights(model: nn.Module, path: Path | None) -> None:
     """The reducer's weights from the file the run starts from, where it has them."""
     state = {} if path is None else read_weights(path.expanduser())
     found = {key.removeprefix("reducer."): value for key, value in state.items() if key.startswith("reducer.")}

@@ -126,6 +126,11 @@ class Loop:
                 self._settle()
                 self.seconds += time.monotonic() - clock
                 self._stop()
+            if (every := self.recipe.log.save) and self.step % every == 0 and self.step % self.per_epoch:
+                self._settle()
+                self.seconds += time.monotonic() - clock
+                self.save()
+                clock = time.monotonic()
         self._settle()
         self.seconds += time.monotonic() - clock
 
@@ -199,6 +204,8 @@ class Loop:
             f"of {self.per_epoch} steps, batch {recipe.batch} on {place.world} x {place.device.type}, "
             f"precision {recipe.optim.precision if recipe.optim.precision != 'no' else 'float32'}"
         )
+        for note in self.task.notes:
+            self.log.say(note)
 
     def _note(self, line: Line, sync: bool = False) -> None:
         self.history.append(line)

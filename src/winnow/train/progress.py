@@ -107,7 +107,7 @@ def sentence(line: Line, means: Mapping[str, float], samples: int) -> str:
 def epoch_sentence(line: Line) -> str:
     """An epoch's line for people."""
     parts = [f"epoch {line['epoch']} done"]
-    for name in ("loss", "top1", "top5", "f1"):
+    for name in ("loss", "top1", "top5", "f1", "image_to_text_r1", "text_to_image_r1"):
         if name in line.get("val", {}):
             value = line["val"][name]
             parts.append(f"val {name} {value:.4g}" if name == "loss" else f"val {name} {100 * value:.2f} %")

@@ -35,13 +35,15 @@ class ModelPart(_Part):
     num_classes: int = Field(1000, ge=1, description="classes")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth")
     drop: float = Field(0.0, ge=0, lt=1, description="dropout (timm's drop_rate)")
-    options: dict[str, Any] = Field({}, description="more keyword arguments of timm.create_model")
+    options: dict[str, Any] = Field({}, description="more of timm.create_model, or sections of open_clip's config")
 
 
 class Source(_Part):
     """Images as `winnow.data.open_images` finds them."""
 
-    path: str = Field(description="folder, CSV, parquet, CIFAR folder, or scenes / photographs")
+    path: str = Field(
+        description="folder, CSV, parquet, CIFAR folder, or scenes / photographs; with captions for contrast"
+    )
     split: str = Field("", description="train, test, train[-5000:], ...")
     limit: int | None = Field(None, ge=1, description="at most so many, evenly spaced")
 
@@ -54,6 +56,18 @@ class DataPart(_Part):
     workers: int = Field(0, ge=0, description="processes that decode ahead")
     mean: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
     std: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
+
+
+class ContrastPart(_Part):
+    """What `task: contrast` needs beside images with captions."""
+
+    loss: Literal["clip", "siglip"] = Field("clip", description="softmax over the global batch, or a sigmoid per pair")
+    column: str | None = Field(None, description="the table's column of captions; found by its usual names if left out")
+    zeroshot: Source | None = Field(None, description="labelled images for zero-shot accuracy; retrieval alone without")
+    classes: str | None = Field(None, description="their names: imagenet, or a file; the data's own if left out")
+    templates: str | list[str] = Field(
+        "openai", description="openai, simple, a file, or a list, as in [a photo of a {}.]"
+    )
 
 
 class OptimPart(_Part):
@@ -104,17 +118,21 @@ class LogPart(_Part):
     """What is written down while training."""
 
     every: int = Field(50, ge=1, description="steps between log lines")
+    save: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch; each ends with one")
     tensorboard: bool = Field(False, description="also write tensorboard events into OUT/tensorboard")
 
 
 class Recipe(_Part):
     """One training run."""
 
-    task: Literal["classify"] = Field("classify", description="what is learned")
+    task: Literal["classify", "contrast"] = Field(
+        "classify", description="what is learned: classes, or which caption is whose"
+    )
     model: ModelPart
     method: str | None = Field(None, description="a reduction method as in DRIP(rate=0.25); null for the plain model")
     freeze: Literal["none", "backbone"] = Field("none", description="backbone: only head and reducer learn")
     data: DataPart
+    contrast: ContrastPart = ContrastPart()
     augment: Augment = Augment()
     optim: OptimPart = OptimPart()
     schedule: SchedulePart = SchedulePart()
@@ -125,6 +143,12 @@ class Recipe(_Part):
     eval: EvalPart = EvalPart()
     log: LogPart = LogPart()
     compile: bool = Field(False, description="torch.compile the model")
+
+    @model_validator(mode="after")
+    def _its_own_keys(self) -> Recipe:
+        if self.task != "contrast" and self.contrast != ContrastPart():
+            raise ValueError("keys of contrast need task: contrast")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -127,7 +127,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs = self.task.inputs(batch, step, accelerator.device)
-        parts = list(zip(*(tensor.chunk(optim.accumulate) for tensor in inputs)))
+        parts = list(zip(*(tensor.chunk(optim.accumulate if self.task.separable else 1) for tensor in inputs)))
         logged: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(self.wrapped):

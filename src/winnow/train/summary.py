@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 OWN = {"loss", "task_loss", "top1", "grad_norm"}
 """What every run averages; the rest are the method's figures."""
+SCORES = {"loss", "top1", "top5", "f1"}
+"""Validation scores with a field of their own."""
 
 
 def row_of(loop: Loop, name: str, weights: str) -> record.Row:
@@ -55,7 +57,8 @@ def training_of(loop: Loop, name: str) -> record.Training:
         last=val.get("top1"), top5=val.get("top5"), f1=val.get("f1"), val_loss=val.get("loss"),
         train_top1=last["train"].get("top1"), gap=last.get("gap"),
         tokens=[_mean(list(layer)) for layer in zip(*tokens)] if tokens else None,
-        figures={key: value for key, value in last["train"].items() if key not in OWN},
+        figures={key: value for key, value in last["train"].items() if key not in OWN}
+        | {key: value for key, value in val.items() if key not in SCORES},
     )  # fmt: skip
 
 

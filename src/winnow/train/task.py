@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -56,6 +56,10 @@ class Task(Protocol):
     """The validation data, for the result row."""
     best: str
     """The metric that chooses the best epoch, larger is better."""
+    notes: Sequence[str]
+    """What to say before the first step, one line each."""
+    separable: bool
+    """A batch's loss is the mean over its parts; otherwise `module` itself takes the batch in parts."""
 
     def steps(self) -> int:
         """Steps per epoch."""
