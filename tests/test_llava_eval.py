@@ -295,19 +295,20 @@ def test_llava_bench_in_the_wild_has_captions_and_rules_of_its_own(tmp_path, jud
         json.dumps({f"llava_bench_{c}": {"role": "Assistant", "prompt": c} for c in ("conv", "detail")})
     )
     lines(files["context"], [{"image": name, "caption": f"wild {name}"} for name in ("a.jpg", "b.jpg")])
-    names = ("questions", "answers", "reference", "context", "rules", "reviews")
-    le.judge_all(le.Judge(judge, "m"), *(files[name] for name in names))
+    names = ("questions", "answers", "reference", "context", "rules")
+    le.judge_all(le.Judge(judge, "m"), *(files[name] for name in names), reviews=files["reviews"])
     assert FakeJudge.asked[1]["prompt"].startswith("[Context]\nwild b.jpg\n\n[Question]\n?1")
 
 
 def test_a_judge_that_is_not_there_or_makes_no_sense(tmp_path, judge):
     files = bench_files(tmp_path)
-    words = [files[name] for name in ("questions", "answers", "reference", "context", "rules", "reviews")]
+    words = [files[name] for name in ("questions", "answers", "reference", "context", "rules")]
+    reviews = files["reviews"]
     with pytest.raises(ValueError, match="cannot be asked"):
-        le.judge_all(le.Judge("http://127.0.0.1:9/v1", "m"), *words)
+        le.judge_all(le.Judge("http://127.0.0.1:9/v1", "m"), *words, reviews=reviews)
     FakeJudge.asked.extend([{}] * 4)  # the next review is unreadable, and one try is all
     with pytest.raises(ValueError, match="no two scores"):
-        le.judge_all(le.Judge(judge, "m", tries=1), *words)
+        le.judge_all(le.Judge(judge, "m", tries=1), *words, reviews=reviews)
 
 
 def test_stored_reviews_of_llava_s_own_kind(tmp_path):
@@ -326,7 +327,7 @@ def test_stored_questions_of_llava_bench_fit_together(tmp_path, judge):
     reviews = tmp_path / "reviews.jsonl"
     le.judge_all(
         le.Judge(judge, "m"), questions, folder / "qa90_gpt4_answer.jsonl", folder / "qa90_gpt4_answer.jsonl",
-        folder / "caps_boxes_coco2014_val_80.jsonl", folder / "rule.json", reviews,
+        folder / "caps_boxes_coco2014_val_80.jsonl", folder / "rule.json", reviews=reviews,
     )  # fmt: skip
     assert le.score_llava_bench(reviews, questions).n == 90
 
