@@ -70,7 +70,9 @@ OTHERS = [
 SLOW = {"compiles_as_one_graph", "exports_with_a_free_batch"}
 ON_TOKENS = {"spelling_round_trips", "reducer_ignores_batch_mates", "gradient_reaches_the_input"}
 ON_MODELS = {
-    check.__name__ for topic in (checks.model, checks.batch, checks.gradients, checks.compiled) for check in topic.CHECKS
+    check.__name__
+    for topic in (checks.model, checks.batch, checks.gradients, checks.compiled)
+    for check in topic.CHECKS
 } - (ON_TOKENS | SLOW)
 """What needs a model: methods of vision-language models are shown on those in tests/test_vlm.py."""
 ALSO_SLOW = [
