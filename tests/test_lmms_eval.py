@@ -122,7 +122,8 @@ def test_the_entry_point_is_declared(plugin):
 
 def from_shell(arguments: str) -> dict[str, Any]:
     """What lmms-eval makes of --model_args, typed in a shell as the README has it."""
-    line = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' --model winnow_hf --model_args {arguments}"
+    echo = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    line = f"{echo} --model winnow_hf --model_args {arguments}"
     typed = json.loads(subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout)
     return importlib.import_module("lmms_eval.utils").simple_parse_args_string(typed[3])
 
