@@ -88,9 +88,10 @@ def rates(curves: Mapping[str, tuple[float, Sequence[float], Sequence[float]]]) 
     for i, (name, (rate, steps, found)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         axes.axhline(rate, color=colour, linestyle=(0, (4, 3)), linewidth=1)
-        axes.plot(steps, found, color=colour, linewidth=1.6, label=f"{name}, rate {rate:g}")
+        again = "--" if i >= len(COLOURS) else "-"
+        axes.plot(steps, found, again, color=colour, linewidth=1.6, label=f"{name}, rate {rate:g}")
     axes.set(xlabel="step", ylabel="boundaries per patch", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1))
     return sheet
 
 
@@ -105,7 +106,7 @@ def histogram(found: Mapping[str, tuple[float, np.ndarray]]) -> Any:
         axes.axvline(rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.axvline(rate - shares.std(), color=colour, linestyle=(0, (1, 2)), linewidth=1.6)
     axes.set(xlabel="expected boundary rate of an image (dashed: rate; dotted: lower bound)", ylabel="images")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1))
     return sheet
 
 

@@ -152,7 +152,7 @@ def _histogram(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Pa
 
 def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]:
     """On images with object masks: do segments end where objects do, more than even or random ones?"""
-    lines = []
+    lines, above = [], {"even": 0, "random": 0}
     for run in runs:
         images = _validation(run)
         mask = images.mask(0)
@@ -160,14 +160,17 @@ def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path
             continue
         seen = look(run, images)
         things = np.stack([patch_objects(images.mask(i), seen.grid) for i in range(len(images))])  # type: ignore[arg-type]
+        found = {}
         for kind, owners in {"learned": seen.owners, **rivals(seen.owners)}.items():
-            low, mid, high = interval(owners, things)
+            low, mid, high = found[kind] = interval(owners, things)
             purity = objects_of(owners, things).purity
             lines.append(f"| {run.name} | {kind} | {mid:.3f} ({low:.3f} to {high:.3f}) | {purity:.3f} |")
+        for kind in above:
+            above[kind] += found["learned"][0] > found[kind][2]
     if not lines:
         return "", []
     head = "| run | boundaries | boundary F1 (95 % interval over images) | purity |\n|:--|:--|:--|--:|\n"
-    return OBJECTS.format(table=head + "\n".join(lines)), []
+    return OBJECTS.format(table=head + "\n".join(lines), runs=len(lines) // 3, **above), []
 
 
 def rivals(owners: np.ndarray) -> dict[str, np.ndarray]:
@@ -272,4 +275,6 @@ OBJECTS = """## Boundaries and objects
 
 Boundary F1: changes of segment against changes of object along the raster; purity: share of patches in segments that hold
 only objects or only background. Even and random segments are as many as the learned ones.
+Learned boundaries meet the objects better than random ones in {random} of {runs} runs, and better than even ones in {even}
+(intervals apart).
 """
