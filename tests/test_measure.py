@@ -509,15 +509,15 @@ def test_a_training_step_is_measured_and_leaves_nothing_behind():
     import winnow
     from winnow.measure.step import measure_step
 
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=128, depth=4, num_classes=5)
     model.blocks[0].eval()  # flags come back one by one
     before = {name: p.detach().clone() for name, p in model.state_dict().items()}
     with winnow.reduced(model, winnow.DRIP(rate=0.25, after=1)):
-        step = measure_step(model, torch.randn(3, 3, 64, 64), classes=5)
-        assert step.tokens == [16, 5, 5, 5, 5]  # ceil(16 * 0.25 * 1.25): padded to the capacity
+        step = measure_step(model, torch.randn(4, 3, 128, 128), classes=5)
+        assert step.tokens == [64, 20, 20, 20, 20]  # ceil(64 * 0.25 * 1.25): padded to the capacity
         assert step.macs is not None and step.promised == pytest.approx(step.plain_macs / step.macs)
         assert 0 < step.mib < step.plain_mib
         assert not model.blocks[0].training and model.blocks[1].training
         assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    assert step.plain_macs == pytest.approx(count_macs(model.eval(), torch.randn(1, 3, 64, 64)), rel=0.02)
+    assert step.plain_macs == pytest.approx(count_macs(model.eval(), torch.randn(1, 3, 128, 128)), rel=0.02)

@@ -608,8 +608,8 @@ def test_keep_is_not_fooled_by_floats(part, n, wanted):
         (lambda: EViT(layers=(-1, 1)), "not negative"),
         (lambda: TopK(layers=True), "a tuple of block numbers"),
         (lambda: TopK(attention="keys"), 'attention must be "cls" or "received"'),
-        (lambda: Grid(at="start"), 'at must be "block" or "input"'),
-        (lambda: Grid(at="input", layers=(1,)), "acts once, before block 0"),
+        (lambda: Grid(at="start"), 'at must be "block", "input" or "tower"'),
+        (lambda: Grid(at="input", layers=(1,)), "acts once; layers=(1,) goes with"),
         (lambda: NormThreshold(below=(Below(1.0),), before=(1, 2)), "1 values of below for 2 sites"),
     ],
 )  # fmt: skip

@@ -279,7 +279,7 @@ def test_report_seed002(run, tmp_path):
     assert all(row.accuracy.low <= row.accuracy.value <= row.accuracy.high and row.memory_mib for row in ours)
     assert [row.accuracy.vs_plain is not None for row in ours] == [False, True, False, True]
     text = (tmp_path / "docs" / "seed002.md").read_text()
-    assert "1 epochs of 2 steps" in text and "31.2 %" in text and "theirs" in text
+    assert "1 epoch of 2 steps" in text and "31.2 %" in text and "theirs" in text
     assert not list((tmp_path / "results").glob(".seed002*"))
     # again: nothing is trained, the page is the same
     before = (tmp_path / "results" / "seed002.jsonl").read_bytes()
