@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import winnow
 from winnow import Below, Downsample, EViT, Exactly, Grid, Keep, NormThreshold, Padded, Pool, Random, Remove, ToMe, TopK
+from winnow._noise import content_key, uniform
 from winnow._parse import parse_way
-from winnow._run import content_key, uniform
 from winnow.attention import attend, log_sizes, received, rows
 from winnow.methods.grid import bayer
 from winnow.reducer import Signals

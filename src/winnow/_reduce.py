@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ._run import Host, Seat, Slot, Watch, block_forward
+from ._host import Host
+from ._run import Seat, Slot, Watch, block_forward
 from .adapters import host_of, unwrap
 from .reducer import Method, Reducer
 from .ways import Way, check_way

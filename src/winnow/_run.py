@@ -5,110 +5,19 @@ Winnow's own; the design's decisions 2 to 10 live here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._host import BlockView, Host
+from ._noise import content_key, uniform
 from .attention import attend, log_sizes, received, rows
-from .reducer import Facts, Reducer, Setting, Signals
+from .reducer import Facts, Reducer, Signals
 from .tokens import Ledger, Tokens
 from .ways import Padded, Way, compact, gather_signal, pad, resolve, spread
-
-
-class BlockView:
-    """How one kind of block is taken apart; borrows the block's own sub-modules, copies no forward."""
-
-    placed: bool = False
-    """Attention depends on where tokens stand (rotary or relative positions): `place` is asked."""
-
-    def call(self, block: Any, forward: Callable[..., Tensor], x: Tensor, *args: Any, **words: Any) -> Tensor:
-        """How the host calls its block: `forward(x, beside)` with what `place` needs; refuses all it cannot obey."""
-        refuse_beside(*args, **words)
-        return forward(x)
-
-    def qkv(self, block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """q, k, v [B, H, N, D] and whatever `out` needs besides."""
-        raise NotImplementedError
-
-    def place(self, block: Any, q: Tensor, k: Tensor, at: Tensor | None, beside: Any) -> tuple[Tensor, Tensor, Any]:
-        """q, k and a bias per pair (`Pairs` or None) for patch tokens that stand at patches `at` [B, N] (None: all)."""
-        return q, k, None
-
-    def options(self, block: Any) -> dict[str, Any]:
-        """Keyword arguments of `attend`: dropout, scale, path."""
-        raise NotImplementedError
-
-    def out(self, block: Any, o: Tensor, extra: Any) -> Tensor:
-        """What attention adds to the stream, from its output [B, H, N, D]."""
-        raise NotImplementedError
-
-    def mlp(self, block: Any, x: Tensor) -> Tensor | None:
-        """What the MLP adds to the stream; None where attention and MLP run in parallel and `out` added both."""
-        raise NotImplementedError
-
-    def add(self, block: Any, x: Tensor, y: Tensor, second: bool) -> Tensor:
-        """The stream after attention's part y is added, or (second) the MLP's."""
-        return x + y
-
-    def macs(self, block: Any, n_attn: int, n_mlp: int) -> float:
-        """MACs of the block: attention on n_attn tokens, MLP on n_mlp (prefix included)."""
-        raise NotImplementedError
-
-
-def refuse_beside(*args: Any, **words: Any) -> None:
-    """ValueError if a reduced block is given more than its tokens."""
-    unknown = [
-        "a tensor" if isinstance(arg, Tensor) else repr(arg) for arg in args if arg is not None and arg is not False
-    ]
-    unknown += [name for name, value in words.items() if value is not None and value is not False]
-    if unknown:
-        raise ValueError(f"a reduced block takes only its tokens; it was also given {', '.join(unknown)[:80]}")
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One method of the host that is replaced while reduced: `function(slot, *args)` instead of `module.name(*args)`."""
-
-    module: nn.Module
-    name: str
-    function: Callable[..., Any]
-    signed: bool = False
-    """The host asks for this method's signature, so the replacement shows the original's."""
-
-
-OFFERS = frozenset("keys values cls_attention received noise training_noise image sizes padding".split())
-"""What a family offers that hides nothing: signals, and attention that takes token sizes and padding."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """A model as an adapter sees it."""
-
-    family: str
-    setting: Setting
-    blocks: tuple[nn.Module, ...]
-    views: tuple[BlockView, ...]
-    patches: tuple[Patch, ...]
-    """What else to replace: the entry (calls `Seat.begin`) and heads that read all tokens."""
-    accepts: frozenset[str] = frozenset({"block", "between"})
-    """Values of `Facts.where` this family can serve."""
-    offers: frozenset[str] = OFFERS
-    """Signals it can give, and whether its attention takes token sizes and padding."""
-    outside_macs: Callable[[Tensor, Tensor], Tensor] | None = None
-    """MACs of stem and head for P patches and n tokens (prefix included) at the end; None where unknown."""
-    elsewhere: Mapping[str, Callable[[Facts], Host]] = field(default_factory=dict)
-    """By `Facts.where`: the host for methods that act in another part of the model."""
-    seat: Callable[[Host, Reducer, Way], Seat] | None = None
-    """The kind of seat, where it is not the usual one."""
-
-    def serving(self, facts: Facts) -> Host:
-        """This host, or the one for the part of the model a method acts in; TypeError if it cannot be served there."""
-        make = self.elsewhere.get(facts.where)
-        return self if make is None else make(facts)
 
 
 class Run:
@@ -348,25 +257,3 @@ def _block(slot: Slot, x: Tensor, beside: Any = None) -> Tensor:
     elif not (where == "block" and layer in seat.sites):
         seat.carry(tokens, layer)
     return x
-
-
-def content_key(x: Tensor) -> Tensor:
-    """[B] int64 hash of each sample's own numbers (at most 4,096 of them, evenly spread)."""
-    flat = x.detach().flatten(1)
-    flat = flat[:, :: max(1, flat.shape[1] // 4096)].float().contiguous()
-    bits = flat.view(torch.int32).long()
-    odd = torch.arange(bits.shape[1], device=x.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F
-    return (bits * (odd | 1)).sum(1)
-
-
-def uniform(key: Tensor, salt: int, n: int) -> Tensor:
-    """[B, n] numbers in [0, 1) from int64 keys [B] by splitmix64 (Steele et al., 2014), the same on every device."""
-
-    def xorshift(z: Tensor, by: int) -> Tensor:
-        return z ^ ((z >> by) & ((1 << (64 - by)) - 1))
-
-    step = torch.arange(1, n + 1, device=key.device) + (salt % (1 << 40)) * 4096
-    z = key.unsqueeze(1) + step * -0x61C8864680B583EB
-    z = xorshift(z, 30) * -0x40A7B892E31B1A47
-    z = xorshift(z, 27) * -0x6B2FB644ECCEEE15
-    return ((xorshift(z, 31) >> 40) & 0xFFFFFF).float() / (1 << 24)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ._columns import Columns, renumbered
 from ._decoder import Flow, decode
-from ._run import Host, Patch, Seat, Slot
+from ._host import Host, Patch
+from ._run import Seat, Slot
 from ._tower import EMPTY, look, project, reduced_features
 from .parts.combine import take
 from .reducer import Facts, Reducer, Setting

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from torch import nn
 
-from .._run import Host
+from .._host import Host
 
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("timm", "timm_vit"),

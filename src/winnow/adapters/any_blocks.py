@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._run import Host, Patch, Slot
+from .._host import Host, Patch
+from .._run import Slot
 from ..reducer import Setting
 
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")

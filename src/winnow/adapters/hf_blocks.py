@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .._run import BlockView, Host, Patch, Slot, refuse_beside
+from .._host import BlockView, Host, Patch, refuse_beside
+from .._run import Slot
 from ..reducer import Setting
 from . import pooling
 from .timm_blocks import linear_macs

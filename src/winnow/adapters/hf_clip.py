@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.models.clip import modeling_clip as clip
 
-from .._run import Host
+from .._host import Host
 from . import hf_blocks
 
 VIEW = hf_blocks.Layer("layer_norm1", "layer_norm2", "self_attn", out_proj="self_attn.out_proj")

@@ -15,7 +15,8 @@ from transformers.models.dinov2 import modeling_dinov2 as v2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as v2r
 from transformers.models.dinov3_vit import modeling_dinov3_vit as v3
 
-from .._run import Host, Patch, Slot
+from .._host import Host, Patch
+from .._run import Slot
 from . import hf_blocks
 
 

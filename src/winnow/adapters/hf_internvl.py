@@ -13,7 +13,7 @@ from transformers.models.internvl import modeling_internvl as internvl
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from .. import _vlm
-from .._run import Host
+from .._host import Host
 
 NAMES = {
     internvl.InternVLForConditionalGeneration.forward: "Hugging Face InternVL",

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.llava import modeling_llava as llava
 
 from .. import _vlm
-from .._run import Host
+from .._host import Host
 from . import hf_vision
 
 

@@ -15,7 +15,8 @@ from transformers.models.llava_next import modeling_llava_next as llava_next
 from transformers.models.llava_onevision import modeling_llava_onevision as onevision
 
 from .. import _vlm
-from .._run import Host, Patch, Slot
+from .._host import Host, Patch
+from .._run import Slot
 from .._tower import EMPTY
 from . import hf_vision
 

@@ -15,7 +15,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from .. import _vlm
 from .._columns import Columns
-from .._run import Host, Patch, Slot
+from .._host import Host, Patch
+from .._run import Slot
 
 NAMES = {
     qwen2.Qwen2_5_VLForConditionalGeneration.forward: "Hugging Face Qwen2.5-VL",

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.siglip import modeling_siglip as siglip
 
-from .._run import Host, Patch
+from .._host import Host, Patch
 from . import hf_blocks, pooling
 from .hf_clip import VIEW
 from .timm_blocks import linear_macs

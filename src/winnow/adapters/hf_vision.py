@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._run import Host, Patch
+from .._host import Host, Patch
 from . import hf_clip, hf_siglip
 
 TOWERS = (hf_clip, hf_siglip)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.models.vit import modeling_vit as vit
 
-from .._run import Host
+from .._host import Host
 from . import hf_blocks
 
 VIEW = hf_blocks.Layer("layernorm_before", "layernorm_after", "attention", out_proj="attention.o_proj", drop="dropout")

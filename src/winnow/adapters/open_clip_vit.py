@@ -17,7 +17,8 @@ from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from .._run import BlockView, Host, Patch, Slot, refuse_beside
+from .._host import BlockView, Host, Patch, refuse_beside
+from .._run import Slot
 from ..reducer import Setting
 from . import pooling
 from .torch_encoder import Multihead

@@ -16,7 +16,8 @@ from timm.layers import PatchEmbed
 from timm.models.beit import Attention, Beit, Block, RelativePositionBias
 from torch import Tensor, nn
 
-from .._run import BlockView, Host, Patch, Slot, refuse_beside
+from .._host import BlockView, Host, Patch, refuse_beside
+from .._run import Slot
 from ..attention import Pairs
 from ..reducer import Setting
 from . import pooling, timm_vit

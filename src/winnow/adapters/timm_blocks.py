@@ -12,7 +12,7 @@ from timm.layers import Attention
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from .._run import BlockView
+from .._host import BlockView
 
 
 def linear_macs(module: nn.Module | None) -> float:

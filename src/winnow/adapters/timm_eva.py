@@ -17,7 +17,8 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from .._run import BlockView, Host, Patch, Slot, refuse_beside
+from .._host import BlockView, Host, Patch, refuse_beside
+from .._run import Slot
 from ..reducer import Setting
 from . import timm_vit
 from .timm_blocks import linear_macs

@@ -13,7 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from torch import Tensor, nn
 
-from .._run import Host, Patch, Slot
+from .._host import Host, Patch
+from .._run import Slot
 from ..attention import log_sizes
 from ..reducer import Setting
 from . import pooling, timm_blocks

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._run import OFFERS, BlockView, Host, Patch, Slot
+from .._host import OFFERS, BlockView, Host, Patch
+from .._run import Slot
 from ..reducer import Setting
 
 

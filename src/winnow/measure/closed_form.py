@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._host import Host
 from .._reduce import seat_of
-from .._run import Host
 from ..adapters import host_of, unwrap
 from ..reducer import Reducer
 
