@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -198,6 +200,17 @@ def test_a_run_leaves_lines_weights_curves_and_a_row(whole):
     assert kept.train.last == kept.accuracy.value == epoch["val"]["top1"] and kept.train.settings["optim.ema"] == 0.9
 
 
+def test_a_finished_run_leaves_its_data_at_once(recipe_file, tmp_path):
+    """An experiment trains many models in one process; 200 MB of images each once waited for the garbage collector."""
+    found = []
+    gc.disable()
+    try:
+        run(tiny(recipe_file, "epochs=1"), tmp_path, after=lambda task, epoch: found.append(weakref.ref(task)))
+        assert [one() for one in found] == [None]
+    finally:
+        gc.enable()
+
+
 def test_a_table_of_runs_is_made_of_rows(whole, tmp_path):
     folder, row = whole
     made = write_report(record.read(folder / "rows.jsonl"), [], tmp_path)
@@ -329,7 +342,7 @@ def test_a_frozen_backbone_stays_in_evaluation_mode_and_the_reducer_does_not():
     import timm
 
     model = winnow.reduce(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3), winnow.PatchDropout())
-    task = Classify(model, frozen=True).train()
+    task = Classify(model, freeze="backbone").train()
     assert not model.training and not model.blocks[0].training and model.head.training and model.reducer.training
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
     assert not any(part.training for part in task.eval().modules())

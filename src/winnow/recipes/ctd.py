@@ -115,7 +115,7 @@ def timed(wish: Wish) -> tuple[CurriculumDrop, ...]:
 def time(wish: Wish, results: Path, say: Say = lambda words: None) -> None:
     """A row per epoch of the arms whose time the document claims: a training step in turn with the plain model's.
 
-    A few minutes, made once; they want a machine that does nothing else.
+    A few minutes, made once, after the trainings; they want a machine that does nothing else.
     """
     for method in timed(wish):
         recipe = Run("time", method, SEEDS[0]).recipe(wish)
@@ -205,9 +205,10 @@ def _same(row: record.Row, recipe: Recipe) -> bool:
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
-    """Time and train what is missing and write the page, the table and the curves."""
+    """Train and time what is missing and write the page, the table and the curves."""
+    run(wish, results, say)
     time(wish, results, say)
-    return written(run(wish, results, say), out, curves=logs_of(results))
+    return written(_rows(results), out, curves=logs_of(results))
 
 
 def written(rows: Sequence[record.Row], out: Path, curves: Path | None = None) -> list[Path]:

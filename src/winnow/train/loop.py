@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,9 @@ class Loop:
         )  # fmt: skip
         self.per_epoch = task.steps()
         self.total = self.per_epoch * recipe.epochs
-        optim, schedule = recipe.optim, recipe.schedule
-        self.stepper = Stepper(
-            recipe, task, accelerator, lambda step: rate(step, self.total, self.per_epoch, optim.lr, schedule)
-        )
+        # a lambda that held the loop would keep each run's data in memory until the garbage collector comes
+        lr = partial(rate, total=self.total, per_epoch=self.per_epoch, lr=recipe.optim.lr, part=recipe.schedule)
+        self.stepper = Stepper(recipe, task, accelerator, lr)
         self.place = place_of(accelerator)
         self.step, self.meter, self.tokens, self.seconds = 0, Meter(), Meter(), 0.0
         self.pending: Outcome | None = None
@@ -270,6 +270,8 @@ class Loop:
             "step": str(self.step),
         }
         files.write(self.out / f"{which}.safetensors", to_bytes(state, metadata=words))
+        if (export := getattr(self.task, "export", None)) is not None:
+            export(self.out / which, state)
         return state_hash(state)
 
     def _stop(self) -> None:
