@@ -203,6 +203,67 @@ def test_report_of_rows_that_have_no_curve(run, tmp_path):
     assert json.loads(out) == ["page/report.html", "page/report.md"]
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """What `winnow train` leaves of the test model with DRIP, its predictor one that no build gives."""
+    import timm
+    from safetensors.torch import save
+
+    import winnow
+
+    model = winnow.reduce(timm.create_model("test_vit"), winnow.DRIP(rate=0.25, after=1))
+    with torch.no_grad():
+        for weight in winnow.reducer_of(model).parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(1))
+    words = {"winnow": winnow.__version__, "model": MODEL, "method": "DRIP(rate=0.25, after=1)", "step": "1"}
+    path = tmp_path / "best.safetensors"
+    path.write_bytes(save(model.state_dict(), metadata=words))
+    return path, model.eval()
+
+
+def test_trained_reducers_come_with_the_weights(run, photos, trained):
+    import timm
+
+    import winnow
+    from winnow._save import trained_reducer
+    from winnow.data import open_images
+    from winnow.models import load_model
+
+    path, model = trained
+    own, likely = "DRIP(rate=0.25, after=1)", "DRIP(rate=0.25, after=1, inference='threshold')"
+    base = ["compare", MODEL, "--weights", path, "--data", photos, "--time", 0, "--pictures", 1]
+    code, out, _ = run(*base, "-m", "ToMe(r=8)", "-m", likely, "-m", own, "--json")
+    assert code == 0
+    counts = {row["method"]: row["counts"] and row["counts"][-1] for row in json.loads(out)}
+    loaded, images = load_model(MODEL, weights=path, bare=True), open_images(str(photos))
+    pixels = torch.stack([loaded.transform(images[i][0]) for i in range(len(images))])
+
+    def likely_ones(reduce):
+        with torch.no_grad(), winnow.watch(reduce(loaded.model, winnow.parse(likely))) as seen:
+            loaded.model(pixels)
+        winnow.restore(loaded.model)
+        return float(seen.valid_counts[:, -1].float().mean())
+
+    assert counts[likely] == pytest.approx(likely_ones(trained_reducer(path).reduce), abs=0.01)
+    assert counts[likely] != pytest.approx(likely_ones(winnow.reduce), abs=0.5), "a fresh predictor finds other ones"
+    assert counts[own] == 25
+    with torch.no_grad():  # in Python, the whole checkpoint at once
+        assert torch.equal(winnow.load(timm.create_model("test_vit").eval(), path)(pixels), model(pixels))
+
+
+def test_trained_reducers_are_not_left_out_in_silence(run, photos, trained):
+    path, _ = trained
+    for verb in (["compare", "--data", photos, "--time", 0], ["measure", "--batch", 1]):
+        words = [verb[0], MODEL, "--weights", path, *verb[1:]]
+        refused(
+            run(*words, "-m", "ToMe(r=8)"),
+            "best.safetensors was trained with",
+            'give --method "DRIP(rate=0.25, after=1)" too',
+        )
+        refused(run(*words, "-m", "DRIP(rate=0.5, after=1)"), "instead of DRIP(rate=0.5, after=1)")
+    refused(run("doctor", MODEL, "--weights", path, "-m", "ToMe(r=8)"), "winnow.load")
+
+
 def test_random_weights_report_agreement_only(run, photos):
     code, _, _ = run("compare", MODEL, "--data", photos, "--time", 0, "--pictures", 0, "-m", "ToMe(r=4)")
     assert code == 0

@@ -1,4 +1,4 @@
-"""save and load: a reducer's weights with its spelling, in one safetensors file.
+"""save and load: a reducer's weights with its spelling, in one safetensors file; `Trained`: those inside a checkpoint.
 
 Winnow's own.
 """
@@ -6,15 +6,20 @@ Winnow's own.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from ._parse import parse, parse_way
 from ._reduce import reduce, reducer_of, restore, seat_of
+from ._weights import REDUCER, fit, read_weights, read_words
+from .reducer import Method
+from .ways import Way
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +44,10 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(model: Model, path: str | Path) -> Model:
-    """Reduce the model as the file says and load the reducer's weights; ValueError if the file is not `save`'s."""
+    """Reduce the model as the file says and load the reducer's weights, and the model's own where `winnow train` wrote it.
+
+    ValueError if the file is neither's, or does not fit.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -48,13 +56,68 @@ def load(model: Model, path: str | Path) -> Model:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file or is cut short ({error})") from None
-    if "method" not in words:
+    if not words.get("method"):
         raise ValueError(f"{path} holds no method: it was not written by winnow.save()")
     reduce(model, parse(words["method"]), parse_way(words.get("way", "auto")))
     try:
-        reducer_of(model).load_state_dict(state)
-    except RuntimeError as error:
+        if "model" in words:
+            fit(model, state, Path(path), type(model).__name__)
+        else:
+            reducer_of(model).load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
         restore(model)
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} does not fit {words['method']} on this model: {first}") from None
     return model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The reducer's part of a checkpoint: its weights, and the method they were trained with (None: it does not say)."""
+
+    path: Path
+    method: Method | None
+    state: Mapping[str, Tensor]
+
+    def fill(self, model: Model) -> Model:
+        """Load them into the model's reducer; ValueError where they do not fit."""
+        reducer = reducer_of(model)
+        try:
+            reducer.load_state_dict(dict(self.state))
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise ValueError(f"the reducer's weights in {self.path} do not fit {reducer.method}: {first}") from None
+        return model
+
+    def check(self, methods: Sequence[Method]) -> None:
+        """ValueError unless they are one of these methods' and no other of these has to be trained."""
+        if self.method is None:
+            raise ValueError(f"{self.path} holds a reducer's weights but not its method: give a file of winnow train")
+        if self.method.facts.training_only:
+            return
+        says = f'{self.path.name} was trained with {self.method}: give --method "{self.method}"'
+        for method in methods:
+            if method.facts.learned and not self.of(method):
+                raise ValueError(f"{says} instead of {method}, whose weights it does not hold")
+        if not any(map(self.of, methods)):
+            raise ValueError(f"{says} too, or weights trained without a reducer")
+
+    def of(self, method: Method) -> bool:
+        """They were trained for this method."""
+        return self.method is not None and method.trained == self.method.trained
+
+    def reduce(self, model: Model, method: Method, way: Way = "auto") -> Model:
+        """`winnow.reduce`, with these weights where they are the method's."""
+        reduce(model, method, way)
+        try:
+            return self.fill(model) if self.of(method) else model
+        except ValueError:
+            restore(model)
+            raise
+
+
+def trained_reducer(path: Path) -> Trained | None:
+    """The reducer's part of a checkpoint; None where it has none."""
+    state = {key.removeprefix(REDUCER): value for key, value in read_weights(path).items() if key.startswith(REDUCER)}
+    spelled = read_words(path).get("method") if state else None
+    return Trained(path, parse(spelled) if spelled else None, state) if state else None

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
+REDUCER = "reducer."
+"""What the names of a reducer's weights begin with."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -37,6 +39,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, KeyError, AttributeError, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path} is damaged or no weights file ({reason}): download it again") from None
+
+
+def read_words(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself; {} for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _state(path: Path, found: Any) -> dict[str, Tensor]:
@@ -71,14 +81,19 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, spec: str) ->
 
 
 def transferred(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without a reducer's weights, and with the model's own head where its number of classes is another."""
+    """`state` with the model's own head where its number of classes is another."""
     own = model.state_dict()
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     names = [name for name, module in model.named_modules() if module is head]
     mine = {key for key in own if any(key.startswith(f"{name}.") for name in names)}
     differ = any(key not in state or state[key].shape != own[key].shape for key in mine)
-    kept = {key: value for key, value in state.items() if not key.startswith("reducer.")}
-    return kept | {key: own[key] for key in mine} if differ else kept
+    return dict(state) | {key: own[key] for key in mine} if differ else dict(state)
+
+
+def without_reducer(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the weights of a reducer that the model does not have."""
+    own = model.state_dict()
+    return {key: value for key, value in state.items() if key in own or not key.startswith(REDUCER)}
 
 
 def _first(keys: Sequence[str]) -> str:
@@ -88,8 +103,8 @@ def _first(keys: Sequence[str]) -> str:
 def _advice(
     missing: Sequence[str], surplus: Sequence[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> str:
-    if surplus and not missing and all(key.startswith("reducer.") for key in surplus):
-        return "it was saved from a reduced model; call winnow.reduce first and load it into that with winnow.load"
+    if surplus and not missing and all(key.startswith(REDUCER) for key in surplus):
+        return "it was saved from a reduced model; winnow.load(model, FILE) reduces the model as it says and loads both"
     differ = [key for key in own if key in state and state[key].shape != own[key].shape]
     rows = {state[key].shape[0] for key in differ if state[key].shape[1:] == own[key].shape[1:]}
     if differ and not missing and not surplus and len(rows) == 1 and len(differ) <= 2:

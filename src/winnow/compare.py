@@ -54,6 +54,8 @@ class Comparison:
     say: Progress = lambda words: None
     task: str = "compare"
     rows: list[rec.Row] = field(default_factory=list)
+    reduce: Callable = winnow.reduce
+    """How a method gets into the model: `Trained.reduce` brings trained weights along."""
     tops: dict[str | None, np.ndarray] = field(default_factory=dict)
 
     def run(self, methods: Sequence[Method]) -> list[rec.Row]:
@@ -76,7 +78,7 @@ class Comparison:
         for method in methods:
             if method.facts.training_only:
                 raise ValueError(f"{method} acts while training only; at inference it is the plain model")
-            winnow.restore(winnow.reduce(self.model, method, self.way))
+            winnow.restore(self.reduce(self.model, method, self.way))
 
     def _one(self, method: Method | None, timed: bool = True) -> None:
         if not any(row.method == _spell(method) for row in self.rows):
@@ -108,7 +110,7 @@ class Comparison:
         self.say(_spell(method) or "plain")
         if method is None:
             return self._row(None, False), True
-        winnow.reduce(self.model, method, self.way)
+        self.reduce(self.model, method, self.way)
         try:
             if winnow.reducer_of(self.model).quantiles():
                 winnow.calibrate(self.model, _first(self.batches, self.calibration))

@@ -19,7 +19,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from winnow._weights import file_hash, fit, read_weights, state_hash, transferred
+from winnow._weights import file_hash, fit, read_weights, state_hash, transferred, without_reducer
 
 Numbers = float | Sequence[float]
 
@@ -56,6 +56,7 @@ class Wish:
     crop_pct: float | None
     options: Mapping[str, Any] = field(default_factory=dict)
     new_head: bool = False
+    bare: bool = False
 
 
 def load_model(
@@ -71,6 +72,7 @@ def load_model(
     crop_pct: float | None = None,
     options: Mapping[str, Any] | None = None,
     new_head: bool = False,
+    bare: bool = False,
 ) -> LoadedModel:
     """Build `timm:NAME`, the image tower of `open_clip:NAME[/TAG]`, or `hf:ID_OR_PATH`, in evaluation mode, on the CPU.
 
@@ -78,7 +80,8 @@ def load_model(
     weights drawn from `seed`, the global generator untouched. With weights, a TAG only chooses the preprocessing.
     A Hugging Face folder that holds weights brings them.
     size, mean, std, crop_pct replace what the model's own configuration says. options: more arguments of
-    timm.create_model. new_head: weights of another number of classes, or with a reducer's, are taken without these.
+    timm.create_model. new_head: weights of another number of classes are taken without these. bare: those of a reduced
+    model are taken without the reducer's.
     ValueError or FileNotFoundError, one line, for an unknown name, a missing package, or weights that do not fit.
     """
     if weights is not None and pretrained:
@@ -92,7 +95,7 @@ def load_model(
         raise ValueError(f"size={size}: give pixels, as one number or as (height, width)")
     file = None if weights is None else Path(weights).expanduser()
     channels = _channels("mean", mean), _channels("std", std)
-    wish = Wish(file, pretrained, num_classes, seed, pair, *channels, crop_pct, dict(options or {}), new_head)
+    wish = Wish(file, pretrained, num_classes, seed, pair, *channels, crop_pct, dict(options or {}), new_head, bare)
     host, _, name = spec.partition(":")
     if host not in _HOSTS or not name:
         raise ValueError(
@@ -227,6 +230,8 @@ def weigh(spec: str, model: nn.Module, wish: Wish, convert: Callable | None = No
     if wish.weights is None:
         return state_hash(model.state_dict()) if wish.pretrained else None
     state = read_weights(wish.weights)
+    if wish.bare:
+        state = without_reducer(model, state)
     if wish.new_head:
         state = transferred(model, state)
     fit(model, convert(state) if convert else state, wish.weights, spec)

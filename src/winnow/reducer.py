@@ -134,6 +134,11 @@ class Method(Spelled, ABC):
         """The same settings with evenly spaced boundaries, whatever the image shows; None where there are none."""
         return None
 
+    @property
+    def trained(self) -> Method:
+        """These settings as far as training sees them: trained weights belong to every method that shares them."""
+        return self
+
     def check(self, setting: Setting) -> None:
         """ValueError if these settings cannot work on such a model."""
         outside = [layer for layer in self.sites(setting.depth) if not 0 <= layer < setting.depth]

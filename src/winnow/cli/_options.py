@@ -5,13 +5,17 @@ Winnow's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+import winnow
+
 from .._parse import parse, parse_way
+from .._save import trained_reducer
 from ..models import LoadedModel, load_model
 from ..reducer import Method
 
@@ -35,12 +39,28 @@ def methods_of(texts: list[str] | None) -> list[Method]:
 
 
 def model_of(
-    spec: str, weights: Path | None, pretrained: bool, seed: int = 0, mean: str | None = None, std: str | None = None
+    spec: str,
+    weights: Path | None,
+    pretrained: bool,
+    seed: int = 0,
+    mean: str | None = None,
+    std: str | None = None,
+    bare: bool = False,
 ) -> LoadedModel:
-    """The model in evaluation mode."""
+    """The model in evaluation mode; bare: a reducer's weights in the file are for `reducing`."""
     return load_model(
-        spec, weights=weights, pretrained=pretrained, seed=seed, mean=_numbers("mean", mean), std=_numbers("std", std)
-    )
+        spec, weights=weights, pretrained=pretrained, seed=seed, mean=_numbers("mean", mean), std=_numbers("std", std),
+        bare=bare,
+    )  # fmt: skip
+
+
+def reducing(weights: Path | None, methods: Sequence[Method]) -> Callable:
+    """`winnow.reduce`, with the trained reducer in the weights file; ValueError where it is none of the methods'."""
+    trained = None if weights is None else trained_reducer(weights.expanduser())
+    if trained is None:
+        return winnow.reduce
+    trained.check(methods)
+    return trained.reduce
 
 
 def way_of(text: str):

@@ -74,7 +74,8 @@ def command(
     images = open_images(data or (DATA if model is None else "photographs"), split=split, limit=limit)
     if model is None:
         model, pretrained = MODEL, weights is None
-    loaded = o.model_of(model, weights, pretrained, seed, mean, std)
+    loaded = o.model_of(model, weights, pretrained, seed, mean, std, bare=True)
+    reduce = o.reducing(weights, methods)
     if loaded.num_classes is None:
         raise ValueError(f"{model} gives features, not classes: compare needs a classifier")
     check_labels(images, loaded.num_classes)
@@ -87,12 +88,12 @@ def command(
             batches=cached(images, loaded.transform, batch, workers=2, device=where, progress=progress.images),
             data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash),
             results=results, sizes=[size for size in time or [batch] if size], pairs=pairs, fresh=fresh,
-            say=progress.say, objects=_objects(images, loaded),
+            say=progress.say, objects=_objects(images, loaded), reduce=reduce,
         )  # fmt: skip
         progress.total = len(images)
         rows = comparison.run(methods)
         progress.say("pictures")
-        shown = sheets(comparison.model, images, loaded, methods, rows, pictures, where)
+        shown = sheets(comparison.model, images, loaded, methods, rows, pictures, where, reduce)
     made = write(rows, shown, out)
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")

@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,10 +86,10 @@ def command(
     if convention not in ("mac", "fvcore"):
         raise ValueError(f"--convention {convention}: mac (every multiply-add) or fvcore (as old tables counted)")
     where, run_way = o.device_of(device, threads), o.way_of(way)
-    loaded = o.model_of(model, weights, pretrained, seed)
-    net = loaded.model.to(where)
+    loaded = o.model_of(model, weights, pretrained, seed, bare=True)
+    reduce, net = o.reducing(weights, methods), loaded.model.to(where)
     for one in methods:
-        winnow.restore(winnow.reduce(net, one, run_way))
+        winnow.restore(reduce(net, one, run_way))
     if data is None:
         noise = torch.Generator().manual_seed(seed)
         images = torch.randn(max(batch or [25]), 3, *loaded.size, generator=noise).to(where)
@@ -102,12 +102,12 @@ def command(
         _steps(net, loaded, methods, run_way, images, source, results, as_json)
         return
     if profile:
-        _profiles(net, methods, run_way, images, as_json)
+        _profiles(net, methods, run_way, images, reduce, as_json)
         return
     if convention == "fvcore":
         _fvcore(net, loaded, methods, run_way, images[:1], as_json)
         return
-    rows = _rows(net, loaded, methods, run_way, images, source, batch or [1, 25], pairs, results)
+    rows = _rows(net, loaded, methods, run_way, images, source, batch or [1, 25], pairs, results, reduce)
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
     else:
@@ -122,13 +122,13 @@ def _even(method: Method) -> Method:
 
 def _rows(
     net, loaded: LoadedModel, methods, way, images: Tensor, data: record.Data, sizes: Sequence[int], pairs: int,
-    results: Path,
+    results: Path, reduce: Callable,
 ):  # fmt: skip
     """One row per configuration; without data there is no accuracy."""
     comparison = Comparison(
         model=net, name=loaded.spec, weights=loaded.weights_hash, batches=[Batch(images, None, list(range(len(images))))],
         labels=None, data=data, results=results, way=way, sizes=sizes,
-        pairs=pairs, fresh=True, task="measure",
+        pairs=pairs, fresh=True, task="measure", reduce=reduce,
     )  # fmt: skip
     rows = []
     for method in (None, *methods):
@@ -237,13 +237,13 @@ def _fvcore(net, loaded: LoadedModel, methods: Sequence[Method], way, image: Ten
         )
 
 
-def _profiles(net, methods: Sequence[Method], way, images: Tensor, as_json: bool) -> None:
+def _profiles(net, methods: Sequence[Method], way, images: Tensor, reduce: Callable, as_json: bool) -> None:
     """Plain beside reduced, by layer and by operator; the bottleneck named."""
     layers = {f"block {i}": block for i, block in enumerate(host_of(net).blocks)}
     plain = profile_model(net, images, layers)
     found = []
     for method in methods:
-        winnow.reduce(net, method, way)
+        reduce(net, method, way)
         reduced = profile_model(net, images, layers | {"reducer": winnow.reducer_of(net)})
         winnow.restore(net)
         found.append((repr(method), reduced))

@@ -6,6 +6,7 @@ Winnow's own.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,14 +43,15 @@ def command(
     methods = o.methods_of(method)
     view.files.kind(out)
     picture = _open(image)
-    loaded = o.model_of(model, weights, pretrained, seed, mean, std)
+    loaded = o.model_of(model, weights, pretrained, seed, mean, std, bare=True)
+    reduce = o.reducing(weights, methods)
     pixels = loaded.transform(picture)[None]
-    rows = [(repr(one), layers_of(loaded.model, one, pixels)[0]) for one in methods]
+    rows = [(repr(one), layers_of(loaded.model, one, pixels, reduce)[0]) for one in methods]
     weighed = "" if loaded.weights_hash else ", random weights"
     view.figure(
         photograph(pixels, loaded.mean, loaded.std)[0], rows, out, f"{image.name}, {model}{weighed}", most=layers
     )
-    found = [_counts(loaded.model, one, pixels, verbose) for one in methods]
+    found = [_counts(loaded.model, one, pixels, verbose, reduce) for one in methods]
     if as_json:
         print(json.dumps({"picture": str(out), "methods": found}))
         return
@@ -71,13 +73,16 @@ def _open(path: Path) -> Image.Image:
 
 
 @torch.inference_mode()
-def _counts(model: torch.nn.Module, method: Method, pixels: Tensor, verbose: bool) -> dict[str, Any]:
+def _counts(model: torch.nn.Module, method: Method, pixels: Tensor, verbose: bool, reduce: Callable) -> dict[str, Any]:
     """Tokens by layer; with verbose, scores and kept mask of every layer where something happened."""
-    with winnow.reduced(model, method):
+    reduce(model, method)
+    try:
         if winnow.reducer_of(model).quantiles():
             winnow.calibrate(model, [pixels])
         with winnow.watch(model) as run:
             model(pixels)
+    finally:
+        winnow.restore(model)
     counts = run.valid_counts[0].tolist()
     found: dict[str, Any] = {"method": repr(method), "counts": counts}
     if verbose:

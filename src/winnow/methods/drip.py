@@ -98,6 +98,10 @@ class DRIP(Method):
         return replace(self, inference="even")
 
     @property
+    def trained(self) -> Method:
+        return replace(self, inference="exact")
+
+    @property
     def drawn(self) -> bool:
         """Boundaries are drawn in training, and the task's gradient reaches the predictor through the draw."""
         return self.predictor in ("mlp", "hnet")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import winnow
 
 from .._reduce import is_reduced, seat_of
-from .._weights import read_weights
+from .._save import trained_reducer
 from ..data.batches import Batch, Cached, cached
 from ..data.images import check_labels
 from ..data.readers import open_images
@@ -136,7 +136,7 @@ class Training:
         part, size = recipe.model, recipe.augment.size
         loaded = load_model(
             part.name, weights=part.weights, pretrained=part.pretrained, num_classes=part.num_classes, seed=recipe.seed,
-            size=size, mean=recipe.data.mean, std=recipe.data.std, crop_pct=recipe.eval.crop_pct, new_head=True,
+            size=size, mean=recipe.data.mean, std=recipe.data.std, crop_pct=recipe.eval.crop_pct, new_head=True, bare=True,
             options={"drop_rate": part.drop, "drop_path_rate": part.drop_path} | part.options,
         )  # fmt: skip
         for images in (self.train_images, self.val_images):
@@ -238,17 +238,10 @@ def _open(source: Source):
 
 
 def reducer_weights(model: nn.Module, path: Path | None) -> None:
-    """The reducer's weights from the file the run starts from, where it has them."""
-    state = {} if path is None else read_weights(path.expanduser())
-    found = {key.removeprefix("reducer."): value for key, value in state.items() if key.startswith("reducer.")}
-    if not found:
+    """The reducer's weights from the file the run starts from, where it has them; its method may be another."""
+    found = None if path is None else trained_reducer(path.expanduser())
+    if found is None:
         return
     if not is_reduced(model):
         raise ValueError(f"{path} was trained with a reducer: give its method, e.g. --set 'method=DRIP(rate=0.25)'")
-    try:
-        winnow.reducer_of(model).load_state_dict(found)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"the reducer's weights in {path} do not fit {winnow.reducer_of(model).method}: {first}"
-        ) from None
+    found.fill(model)

@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,16 @@ def photograph(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 @torch.inference_mode()
-def layers_of(model: nn.Module, method: Method, images: Tensor) -> list[Layers]:
+def layers_of(model: nn.Module, method: Method, images: Tensor, reduce: Callable = winnow.reduce) -> list[Layers]:
     """Per image: (block, owner [h, w], real tokens) after every block that changed the tokens; -1 = entering block 0."""
-    with winnow.reduced(model, method):
+    reduce(model, method)
+    try:
         if winnow.reducer_of(model).quantiles():
             winnow.calibrate(model, [images])
         with winnow.watch(model) as run:
             model(images)
+    finally:
+        winnow.restore(model)
     found: list[Layers] = [[] for _ in images]
     before = None
     for layer, tokens in sorted(run.tokens.items()):
@@ -59,6 +62,7 @@ def sheets(
     rows: Sequence[Row],
     how_many: int,
     device: Any = "cpu",
+    reduce: Callable = winnow.reduce,
 ) -> list[Sheet]:
     """Sheets of the most telling images by these rows: the picture, what each method kept or merged, who lost it."""
     chosen, lost = telling(rows, len(images), how_many)
@@ -68,7 +72,7 @@ def sheets(
     photos = photograph(pixels, loaded.mean, loaded.std)
     shown: list[list[tuple[str, int, float, Any]]] = [[] for _ in chosen]
     for method in methods:
-        for place, layers in enumerate(layers_of(model, method, pixels.to(device))):
+        for place, layers in enumerate(layers_of(model, method, pixels.to(device), reduce)):
             for layer, owner, tokens in layers:
                 grid = (int(owner.shape[0]), int(owner.shape[1])) if owner.ndim == 2 else _square(owner.size)
                 shown[place].append((repr(method), layer, tokens, draw(photos[place], owner.reshape(-1), grid)))
