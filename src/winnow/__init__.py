@@ -1,12 +1,15 @@
 """Winnow: vision transformers that read fewer tokens, and say honestly what that costs and saves."""
 
+from ._budget import budget
 from ._calibrate import calibrate
 from ._parse import list_methods, parse
 from ._reduce import reduce, reduced, reducer_of, restore, watch
 from ._save import load, save
+from ._vlm_model import load_vlm
 from .methods import *  # noqa: F403
 from .methods import METHODS
 from .methods import __all__ as _methods
+from .parts import BudgetEmbedding, VisionEncoderWithBudgetToken, VisionTokenController
 from .parts.amount import Below, Exactly, Keep, Remove
 from .ways import Padded
 
@@ -15,13 +18,18 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Below",
+    "BudgetEmbedding",
     "Exactly",
     "Keep",
     "Padded",
     "Remove",
+    "VisionEncoderWithBudgetToken",
+    "VisionTokenController",
+    "budget",
     "calibrate",
     "list_methods",
     "load",
+    "load_vlm",
     "parse",
     "reduce",
     "reduced",

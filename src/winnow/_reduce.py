@@ -31,7 +31,12 @@ LACKING = {
     "image": "the image itself",
     "text_attention": "the prompt's attention to image tokens",
     "cls": "a class token",
+    "token": "a token of its own in the tower",
+    "token_read": "a token of its own in the tower",
+    "question": "the question",
 }
+SIGNED = "winnow"
+"""Field of a Hugging Face configuration that says how the model is reduced, so that `save_pretrained` keeps it."""
 
 
 def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None = None) -> Model:
@@ -63,6 +68,8 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
         if patch.signed:
             own = getattr(type(patch.module), patch.name).__get__(patch.module)
             patch.module.__dict__[patch.name].__signature__ = inspect.signature(own)
+    if hasattr(model, "save_pretrained"):
+        setattr(model.config, SIGNED, {"method": repr(method), "way": str(way)})
     return model
 
 
@@ -72,6 +79,8 @@ def restore(model: Model) -> Model:
     for module, name in seat_of(inner).patched:
         del module.__dict__[name]
     del inner.reducer
+    if hasattr(inner, "save_pretrained"):
+        delattr(inner.config, SIGNED)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -54,14 +55,7 @@ class Images(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int | None]:
         label = None if self.labels is None else self.labels[i]
-        try:
-            with self._read(self._places[i]) as image:
-                return _rgb(ImageOps.exif_transpose(image)), label
-        except _BROKEN as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(
-                f"{self.name}: {self._keys[i]} cannot be decoded ({reason}); replace the file or leave it out"
-            ) from None
+        return upright(partial(self._read, self._places[i]), f"{self.name}: {self._keys[i]}"), label
 
     @property
     def label_range(self) -> tuple[int, int] | None:
@@ -107,6 +101,16 @@ class Images(Dataset):
         )
         part._places = pick(self._places)
         return part
+
+
+def upright(read: Callable[[], Image.Image], what: str) -> Image.Image:
+    """The RGB image that `read` opens, turned as its EXIF tag says; UnreadableImage says that `what` is broken."""
+    try:
+        with read() as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except _BROKEN as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{what} cannot be decoded ({reason}); replace the file or leave it out") from None
 
 
 def check_labels(images: Images, num_classes: int) -> None:

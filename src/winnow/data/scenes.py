@@ -64,7 +64,7 @@ class Scene:
     @property
     def questions(self) -> list[tuple[str, str]]:
         """(question, answer) about each object."""
-        return [(f"what colour is the {thing.shape}?", thing.colour) for thing in self.things]
+        return _questions(self.things)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,28 @@ def _caption(things: tuple[Thing, ...]) -> str:
     return ", ".join(f"a {thing.colour} {thing.shape}" for thing in ordered)
 
 
+def _questions(things: tuple[Thing, ...]) -> list[tuple[str, str]]:
+    return [(f"what colour is the {thing.shape}?", thing.colour) for thing in things]
+
+
+def seed_of(split: str) -> int:
+    """The seed of a split, test if it is ""; ValueError on an unknown one."""
+    if (split or "test") not in SPLITS:
+        raise ValueError(f"scenes have the splits {', '.join(SPLITS)}, not {split!r}")
+    return SPLITS[split or "test"][0]
+
+
 @cache
 def captions(n: int, split: str, things: int = 8) -> list[str]:
     """Captions of the first n scenes of a split; no pixel is drawn."""
     return [_caption(_plan(SPLITS[split][0], i, things).things) for i in range(n)]
+
+
+@cache
+def questions(split: str, things: int = 8) -> list[list[tuple[str, str]]]:
+    """(question, answer) about each object of each scene of a split; no pixel is drawn."""
+    seed = seed_of(split)
+    return [_questions(_plan(seed, i, things).things) for i in range(SPLITS[split or "test"][1])]
 
 
 @cache
@@ -163,9 +181,7 @@ def open_scenes(n: int | None = None, split: str = "test", things: int = 8) -> I
     ValueError on an unknown split.
     """
     split = split or "test"
-    if split not in SPLITS:
-        raise ValueError(f"scenes have the splits {', '.join(SPLITS)}, not {split!r}")
-    seed, all_there = SPLITS[split]
+    seed, all_there = seed_of(split), SPLITS[split][1]
     n = all_there if n is None else n
     return Images(
         "scenes",

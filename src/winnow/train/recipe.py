@@ -29,7 +29,7 @@ class _Part(BaseModel):
 class ModelPart(_Part):
     """The network that is trained."""
 
-    name: str = Field(description="timm:NAME or open_clip:NAME[/TAG]")
+    name: str = Field(description="timm:NAME, open_clip:NAME[/TAG], or a LLaVA as hf:ID_OR_PATH")
     pretrained: bool = Field(False, description="start from the model's own weights (a download)")
     weights: Path | None = Field(None, description="start from this file; another number of classes gets a new head")
     num_classes: int = Field(1000, ge=1, description="classes")
@@ -42,7 +42,8 @@ class Source(_Part):
     """Images as `winnow.data.open_images` finds them."""
 
     path: str = Field(
-        description="folder, CSV, parquet, CIFAR folder, or scenes / photographs; with captions for contrast"
+        description="folder, CSV, parquet, CIFAR folder, or scenes / photographs; with captions for contrast, "
+        "conversations or a mixture of them for instruct"
     )
     split: str = Field("", description="train, test, train[-5000:], ...")
     limit: int | None = Field(None, ge=1, description="at most so many, evenly spaced")
@@ -54,6 +55,9 @@ class DataPart(_Part):
     train: Source
     val: Source
     workers: int = Field(0, ge=0, description="processes that decode ahead")
+    resample: bool = Field(
+        False, description="for contrast: shards drawn with replacement; every pair once an epoch if not"
+    )
     mean: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
     std: tuple[float, float, float] | None = Field(None, description="normalisation; the model's own if left out")
 
@@ -63,11 +67,41 @@ class ContrastPart(_Part):
 
     loss: Literal["clip", "siglip"] = Field("clip", description="softmax over the global batch, or a sigmoid per pair")
     column: str | None = Field(None, description="the table's column of captions; found by its usual names if left out")
+    caption: str = Field(
+        "a photo of a {}.", pattern=r"^[^{}]*\{\}[^{}]*$", description="said of images that have a class and no caption"
+    )
+    phrase: float = Field(0.0, ge=0, le=1, description="share of the training captions of which one phrase is told")
     zeroshot: Source | None = Field(None, description="labelled images for zero-shot accuracy; retrieval alone without")
     classes: str | None = Field(None, description="their names: imagenet, or a file; the data's own if left out")
     templates: str | list[str] = Field(
         "openai", description="openai, simple, a file, or a list, as in [a photo of a {}.]"
     )
+
+
+class LearningPart(_Part):
+    """Which parts of a vision-language model learn."""
+
+    vision: bool = Field(False, description="the vision tower")
+    projector: bool = Field(True, description="what turns its features into tokens")
+    llm: Literal["lora"] | bool = Field(True, description="the language model; lora: small matrices beside its own")
+    reducer: bool = Field(True, description="the method's own weights, where it has any")
+
+
+class InstructPart(_Part):
+    """What `task: instruct` needs beside conversations."""
+
+    template: Literal["plain", "vicuna_v1", "chat"] = Field(
+        "vicuna_v1", description="plain: image and answer alone; chat: the model's own chat template"
+    )
+    train: LearningPart = LearningPart()
+    max_length: int = Field(
+        2048, ge=1, description="tokens of a sample, image features counted in full; the rest is cut"
+    )
+    pad: bool = Field(True, description="images are made square with the mean colour, not cropped")
+    group_by_modality_length: bool = Field(False, description="batches of samples with, or without images")
+    images: Path | None = Field(None, description="folder that image names start at; their file's own if left out")
+    mixtures: dict[str, str] = Field({}, description="names for mixtures, as in {sft: a.json+b.json*2+c.json@0.5}")
+    projector: Path | None = Field(None, description="start with this projector: Hugging Face's names or LLaVA's")
 
 
 class OptimPart(_Part):
@@ -125,14 +159,17 @@ class LogPart(_Part):
 class Recipe(_Part):
     """One training run."""
 
-    task: Literal["classify", "contrast"] = Field(
-        "classify", description="what is learned: classes, or which caption is whose"
+    task: Literal["classify", "contrast", "instruct"] = Field(
+        "classify", description="what is learned: classes, which caption is whose, or answers about images"
     )
     model: ModelPart
     method: str | None = Field(None, description="a reduction method as in DRIP(rate=0.25); null for the plain model")
-    freeze: Literal["none", "backbone"] = Field("none", description="backbone: only head and reducer learn")
+    freeze: Literal["none", "backbone", "probe"] = Field(
+        "none", description="backbone: only head and reducer learn; probe: only the head (a linear probe)"
+    )
     data: DataPart
     contrast: ContrastPart = ContrastPart()
+    instruct: InstructPart = InstructPart()
     augment: Augment = Augment()
     optim: OptimPart = OptimPart()
     schedule: SchedulePart = SchedulePart()
@@ -148,6 +185,10 @@ class Recipe(_Part):
     def _its_own_keys(self) -> Recipe:
         if self.task != "contrast" and self.contrast != ContrastPart():
             raise ValueError("keys of contrast need task: contrast")
+        if self.task != "instruct" and self.instruct != InstructPart():
+            raise ValueError("keys of instruct need task: instruct")
+        if self.task != "contrast" and self.data.resample:
+            raise ValueError("data.resample needs task: contrast")
         return self
 
     @field_validator("method")

@@ -43,7 +43,10 @@ class Scores:
 
 
 class Task(Protocol):
-    """Model, data and scores of one training run; `tasks/NAME.py` has `training(recipe) -> Task`."""
+    """Model, data and scores of one training run; `tasks/NAME.py` has `training(recipe) -> Task`.
+
+    Where the host has a folder format of its own, `export(folder, state)` writes the trained weights as one.
+    """
 
     module: nn.Module
     """forward(*inputs) -> {"loss": ...}; every other tensor without dimensions in it is averaged into the log."""

@@ -1,0 +1,284 @@
+"""Conversations about images: LLaVA's JSON, interleaved JSON lines, the built-in scenes' questions, and mixtures of them.
+
+Formats: Liu et al., "Visual Instruction Tuning", 2023; Zhu et al., Multimodal C4, 2023. Mixtures: Lin et al., VILA, 2024.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import scenes
+from .images import UnreadableImage, upright
+from .llava_eval.answers import whole
+
+IMAGE = "<image>"
+"""What stands for an image in the words of every format read here."""
+KINDS = (
+    "a .json or .jsonl file of LLaVA's conversations or of interleaved texts, scenes, or a mixture as in a+b*2+c@0.5"
+)
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+MOST_IMAGES = 6
+"""Images of an interleaved sample, as VILA takes them."""
+DRAWN = 8192
+"""Scenes kept as pixels: each has eight questions."""
+BRIEF = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+"""What LLaVA asks where the answer is a caption (Liu et al., 2023, table 11)."""
+DETAILED = re.compile(
+    r"detail|happening|going on|main features|key elements|elements of the|photo about|^describe", re.I
+)
+"""The questions of LLaVA-Instruct's detailed descriptions."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was said about which images."""
+
+    key: str
+    turns: tuple[tuple[str, str], ...]
+    """("human" | "gpt", words), or one ("text", words) to be learned whole; `IMAGE` stands where an image is seen."""
+    images: tuple[Callable[[], Image.Image], ...] = ()
+
+    @property
+    def words(self) -> int:
+        """Its length in words."""
+        return sum(len(words.split()) for _, words in self.turns)
+
+    @property
+    def kind(self) -> str:
+        """caption, detailed description, question, conversation, interleaved; with what is unusual about its images."""
+        if self.turns[0][0] == "text":
+            return "interleaved"
+        asked = self.turns[0][1].replace(IMAGE, "").strip()
+        many = ", several images" if len(self.images) > 1 else ""
+        if len(self.turns) > 2:
+            found = "conversation"
+        elif asked in BRIEF:
+            found = "caption"
+        else:
+            found = "detailed description" if DETAILED.search(asked) and self.images else "question"
+        return found + (many if self.images else ", text only")
+
+    def pictures(self) -> list[Image.Image]:
+        """RGB images; UnreadableImage names one that cannot be decoded."""
+        return [upright(read, self.key) for read in self.images]
+
+
+@dataclass
+class Conversations:
+    """A sequence of samples."""
+
+    name: str
+    samples: Sequence[Sample]
+    split: str = ""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.samples[i]
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 over keys and words in order; no pixels are read."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(f"{sample.key}\0{sample.turns}\0{len(sample.images)}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def kinds(self) -> dict[str, int]:
+        """Samples by kind, most first."""
+        return dict(Counter(sample.kind for sample in self.samples).most_common())
+
+
+def open_conversations(
+    path: str,
+    split: str = "",
+    limit: int | None = None,
+    *,
+    images: str | Path | None = None,
+    mixtures: Mapping[str, str] | None = None,
+) -> Conversations:
+    """Open a data set or a mixture; split: a name, [100:] or both as in train[-500:]; limit: at most so many, evenly spaced.
+
+    images: the folder that file names start at, the file's own if left out. mixtures: names that stand for mixtures.
+    ValueError or FileNotFoundError, one line, before anything is trained, where a single sample is not as it must be.
+    """
+    name, bracket, rest = split.partition("[")
+    if name and not re.search(r"\bscenes\b", " ".join((path, *(mixtures or {}).values()))):
+        raise ValueError(f"{path} has no split {name!r}: give train, val or test for scenes, [:100] for files")
+    found = mixed(path, partial(_open, split=name, images=images), mixtures or {})
+    rows: Sequence[int] = range(len(found))
+    if bracket:
+        try:
+            first, last = (int(end) if end else None for end in rest.removesuffix("]").split(":"))
+        except ValueError:
+            raise ValueError(f"split {split!r} is not understood: write train, train[-500:] or [:100]") from None
+        rows = rows[first:last]
+    if limit is not None and limit < len(rows):
+        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    if not rows:
+        raise ValueError(f"{path} {split}: none of {len(found)} conversations is left")
+    return Conversations(_name(path), [found[i] for i in rows], split)
+
+
+def mixed(text: str, read: Callable[[str], list[Sample]], names: Mapping[str, str]) -> list[Sample]:
+    """The samples of `a+b*2+c@0.5`: all of a, those of b twice, half of those of c; names stand for mixtures themselves."""
+    found: list[Sample] = []
+    for part in text.split("+"):
+        match = re.fullmatch(
+            r"\s*(?P<name>[^*@]+?)\s*(?:\*(?P<times>[1-9]\d*)|@(?P<share>0?\.\d+|1(?:\.0*)?))?\s*", part
+        )
+        if match is None:
+            raise ValueError(
+                f"mixture {text!r}: {part!r} is not understood; write NAME, NAME*2 (twice) or NAME@0.5 (half of it), "
+                "joined by +"
+            )
+        name = match["name"]
+        if name in names:
+            others = {
+                key: value for key, value in names.items() if key != name
+            }  # so that a circle ends as a missing file
+            samples = mixed(names[name], read, others)
+        else:
+            samples = read(name)
+        if match["share"]:
+            keep = round(len(samples) * float(match["share"]))
+            chosen = np.random.default_rng(len(samples)).permutation(len(samples))[:keep]
+            samples = [samples[i] for i in sorted(chosen.tolist())]
+        found += samples * int(match["times"] or 1)
+    return found
+
+
+def _open(spec: str, split: str, images: str | Path | None) -> list[Sample]:
+    if spec == "scenes":
+        return _scenes(split)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no conversations in {spec}: give {KINDS}")
+    rows = whole(path)
+    rows = rows if isinstance(rows, list) else [rows]
+    root = path.parent if images is None else Path(images).expanduser()
+    found, wrong = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(_sample(row, f"{path.stem} {number}", root))
+        except (ValueError, FileNotFoundError) as error:
+            wrong.append(f"sample {number}: {error}")
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} of {len(rows)} samples cannot be used, the first is {wrong[0]}")
+    return found
+
+
+def _sample(row: Any, key: str, root: Path) -> Sample:
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a {type(row).__name__}, not an object")
+    if "text_list" in row:
+        return _interleaved(row, key, root)
+    if "conversations" not in row:
+        raise ValueError(f"it has neither conversations nor text_list (its keys: {', '.join(row) or 'none'})")
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    turns = _turns(row["conversations"])
+    shown = sum(words.count(IMAGE) for _, words in turns)
+    if shown != len(names):
+        raise ValueError(
+            f"{len(names)} images and {shown} times {IMAGE}: each image needs one, in the words of a human turn"
+        )
+    return Sample(str(row.get("id", key)), turns, tuple(_file(root, name) for name in names))
+
+
+def _turns(rows: Any) -> tuple[tuple[str, str], ...]:
+    """Human and gpt in turn; what gpt says before anybody asked is left out, as LLaVA does."""
+    if not isinstance(rows, list) or not all(isinstance(one, dict) and {"from", "value"} <= set(one) for one in rows):
+        raise ValueError('conversations must be a list of {"from": "human" or "gpt", "value": words}')
+    unknown = [one["from"] for one in rows if one["from"] not in ROLES]
+    if unknown:
+        raise ValueError(f"nobody knows who {unknown[0]!r} is: from is human or gpt")
+    turns = [(ROLES[one["from"]], str(one["value"])) for one in rows]
+    turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
+    if not turns or len(turns) % 2 or any(role != ("human", "gpt")[i % 2] for i, (role, _) in enumerate(turns)):
+        raise ValueError("human and gpt must speak in turn, and gpt last")
+    return tuple(turns)
+
+
+def _interleaved(row: dict[str, Any], key: str, root: Path) -> Sample:
+    """Sentences, each image in front of the one it was matched with; the first six images, in the text's order."""
+    sentences = [str(text).replace(IMAGE, IMAGE.upper()) for text in row["text_list"]]
+    infos = sorted(row.get("image_info") or [], key=lambda info: info["matched_text_index"])[:MOST_IMAGES]
+    if any(not 0 <= info["matched_text_index"] < len(sentences) for info in infos):
+        raise ValueError(f"matched_text_index must be one of its {len(sentences)} sentences")
+    for info in infos:
+        sentences[info["matched_text_index"]] = f"{IMAGE}\n{sentences[info['matched_text_index']]}"
+    text = re.sub(rf"\s*{IMAGE}\s*", IMAGE, " ".join(sentences))
+    return Sample(key, (("text", text),), tuple(_matched(info, root) for info in infos))
+
+
+def _matched(info: dict[str, Any], root: Path) -> Callable[[], Image.Image]:
+    if "image_base64" in info:
+        return partial(_decoded, info["image_base64"])
+    if "image_name" not in info:
+        raise ValueError(f"image_info needs image_base64 or image_name (its keys: {', '.join(info)})")
+    return _file(root, info["image_name"])
+
+
+def _file(root: Path, name: Any) -> Callable[[], Image.Image]:
+    path = root / str(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image {path}; `images` is the folder that the names start at")
+    return partial(Image.open, path)
+
+
+def _decoded(text: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(text)))
+
+
+def _scenes(split: str) -> list[Sample]:
+    """Eight questions about each scene, each about one object."""
+    seed = scenes.seed_of(split)
+    return [
+        Sample(
+            f"scene {i}: {question}", (("human", f"{IMAGE}\n{question}"), ("gpt", answer)), (partial(_drawn, seed, i),)
+        )
+        for i, asked in enumerate(scenes.questions(split))
+        for question, answer in asked
+    ]
+
+
+def _drawn(seed: int, i: int) -> Image.Image:
+    return Image.fromarray(_pixels(seed, i))
+
+
+@lru_cache(DRAWN)
+def _pixels(seed: int, i: int) -> np.ndarray:
+    return scenes.scene(seed, i).image
+
+
+def _name(path: str) -> str:
+    return path if path == "scenes" or set(path) & set("+*@") else Path(path).stem
+
+
+__all__ = ["Conversations", "Sample", "UnreadableImage", "mixed", "open_conversations"]

@@ -1,0 +1,257 @@
+"""Instruction tuning: a LLaVA learns what was said about images; stages train its projector, then its language model.
+
+Liu et al., "Visual Instruction Tuning", 2023, and LLaVA-1.5, 2024; Lin et al., VILA, 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import winnow
+
+from .._llava import load_llava, parts_of, write_folder
+from .._reduce import is_reduced, seat_of
+from ..data.conversations import Conversations, open_conversations
+from ..data.dialogue import IGNORE
+from ..data.instruct import ConversationSet, Grouped, Speech, joined
+from ..measure import record
+from .classify import reducer_weights
+
+if TYPE_CHECKING:
+    from ..train.recipe import InstructPart, Recipe, Source
+    from ..train.task import Place, Scores
+
+
+class Instruct(nn.Module):
+    """The model with its loss: forward(ids, mask, labels, pixels, images, scale) -> {"loss", "lm_loss", "top1", ...}.
+
+    ids, mask, labels int64 [B, L], IGNORE where nothing is learned; pixels [B, most, 3, H, W] of which images [B] are
+    there; scale [B] is global batch size / labelled tokens of the global batch, so that every token counts the same
+    however the batch is split. Of each sample also, for evaluation, [B]: `nll` (summed), `tokens`, `right`.
+    """
+
+    def __init__(self, model: nn.Module, learning: Mapping[str, bool | str]) -> None:
+        super().__init__()
+        self.model, self.learning = model, dict(learning)
+        for name, modules in parts_of(model).items():
+            for key, parameter in (named for module in modules for named in module.named_parameters()):
+                wish = self.learning[name]
+                parameter.requires_grad_("lora_" in key if wish == "lora" else bool(wish))
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor, images: Tensor, scale: Tensor
+    ) -> dict[str, Tensor]:
+        """Every value without dimensions is for the log; top1 is the share of samples whose every token was right."""
+        there = pixels[torch.arange(pixels.shape[1], device=ids.device) < images.unsqueeze(1)]
+        words: dict[str, Tensor] = {"pixel_values": there} if len(there) else {}
+        if is_reduced(self.model) and "text_attention" in seat_of(self.model).facts.needs:
+            words["labels"] = labels  # the rows right before each answer ask
+        idle = 0.0 if len(there) else self._nothing(pixels)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **words).logits
+        wanted = _held(self.model, labels)[:, 1:]
+        nll = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        nll = nll.view_as(wanted).sum(1)
+        tokens = (wanted != IGNORE).sum(1)
+        right = ((logits[:, :-1].argmax(-1) == wanted) & (wanted != IGNORE)).sum(1)
+        lm_loss = (nll * scale).mean()
+        found = {"lm_loss": lm_loss, "top1": ((right == tokens) & (tokens > 0)).float().mean()}
+        loss = lm_loss + idle
+        if is_reduced(self.model):
+            reducer = winnow.reducer_of(self.model)
+            losses = reducer.loss()
+            found |= {name: value.detach() for name, value in (losses | reducer.metrics()).items()}
+            loss = loss + sum(losses.values()) * bool(len(there))
+        # parameters that this forward did not use must still have a gradient, or DDP waits for them
+        loss = loss + 0 * sum(p.sum() for p in self._seldom() if p.requires_grad)
+        return {"loss": loss, **found, "nll": nll.detach(), "tokens": tokens, "right": right}
+
+    def train(self, mode: bool = True) -> Instruct:
+        """A frozen tower stays in evaluation mode; the language model does not, as it checkpoints only in training."""
+        super().train(mode)
+        if not self.learning["vision"]:
+            parts_of(self.model)["vision"][0].eval()
+        return self
+
+    def _nothing(self, pixels: Tensor) -> Tensor:
+        """0, from a black image that all processes with text alone send through the tower, so that none waits."""
+        features = self.model.get_image_features(pixel_values=pixels.new_zeros(1, *pixels.shape[2:])).pooler_output  # type: ignore[operator]
+        return 0 * torch.cat(list(features)).nan_to_num(neginf=0.0).float().sum()
+
+    def _seldom(self) -> Iterator[nn.Parameter]:
+        if is_reduced(self.model):
+            yield from winnow.reducer_of(self.model).parameters()
+        yield from parts_of(self.model)["vision"][0].parameters()  # blocks behind the one the projector reads
+
+
+class Training:
+    """Instruction tuning as the training loop sees it (`winnow.train.task.Task`)."""
+
+    separable, best = True, "top1"
+
+    def __init__(self, recipe: Recipe) -> None:
+        _refuse(recipe)
+        part, extra = recipe.model, recipe.instruct
+        self.recipe = recipe
+        self.told, self.asked = (_open(source, extra) for source in (recipe.data.train, recipe.data.val))
+        if len(self.told) < recipe.batch:
+            raise ValueError(f"batch={recipe.batch} is more than the {len(self.told)} training conversations")
+        weights = None if part.weights is None else part.weights.expanduser()
+        self.llava = llava = load_llava(part.name, weights=weights, projector=extra.projector)
+        self.spec, self.weights, self.model = llava.spec, llava.weights_hash, llava.model
+        if recipe.method is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(recipe.seed)
+                winnow.reduce(self.model, winnow.parse(recipe.method))
+        reducer_weights(self.model, weights)
+        if recipe.optim.checkpoint:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.module = Instruct(self.model, extra.train.model_dump())
+        self.data = record.Data(name=self.asked.name, split=self.asked.split, n=len(self.asked), hash=self.asked.hash)
+        self.notes = [f"{name}: {_counted(one)}" for name, one in (("train", self.told), ("val", self.asked))]
+        speech = Speech(
+            llava.processor, extra.template, llava.slots, extra.max_length, partial(llava.pixels, pad=extra.pad)
+        )
+        self.set, self.val = (ConversationSet(one, speech, recipe.seed) for one in (self.told, self.asked))
+        speech(self.told[0])  # a template that does not fit is refused now
+        tokenizer = llava.processor.tokenizer
+        # padded places are masked, so any id will do where the tokenizer has none for them
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.joined = partial(joined, pad, llava.size)
+
+    def steps(self) -> int:
+        """Steps per epoch; the rest of the samples waits for another order."""
+        return len(self.told) // self.recipe.batch
+
+    def batches(self, epoch: int, start: int, place: Place) -> Iterator[Any]:
+        """What `joined` gives of this process's samples, made ahead by workers; each sample once an epoch."""
+        from ..data.training import Order
+
+        recipe = self.recipe
+        self.set.epoch = epoch
+        where = {"seed": recipe.seed, "epoch": epoch, "batch": recipe.batch, "rank": place.rank, "world": place.world}
+        order: Any
+        if recipe.instruct.group_by_modality_length:
+            samples = self.told.samples
+            order = Grouped([one.words for one in samples], [bool(one.images) for one in samples], start=start, **where)
+        else:
+            order = Order(len(self.told), start=start, **where)
+        return iter(self._loader(self.set, place, batch_sampler=order))
+
+    def inputs(self, batch: Any, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        """What `Instruct` takes; the labelled tokens of all processes are counted together."""
+        ids, mask, labels, pixels, images, *_ = (tensor.to(device, non_blocking=True) for tensor in batch)
+        counts = torch.stack([(labels[:, 1:] != IGNORE).sum(), labels.new_tensor(len(labels))]).float()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        scale = counts[1] / counts[0].clamp_min(1)
+        return ids, mask, labels, pixels, images, scale.expand(len(ids))
+
+    def evaluate(self, module: nn.Module, place: Place) -> Scores:
+        """Mean loss and accuracy of answer tokens told the right ones before them, and of whole answers (`top1`)."""
+        from ..train.task import Scores
+
+        module.eval()
+        n, inner = len(self.val), next(part for part in module.modules() if isinstance(part, Instruct)).model
+        found = torch.zeros(3, n, device=place.device, dtype=torch.float64)
+        counts: list[Tensor] = []
+        executed: list[float] = []
+        # processes take equally many steps, so that none waits for another: the last sample may come twice
+        share = [min(place.rank + place.world * i, n - 1) for i in range(-(-n // place.world))]
+        mine = {at for at in share if at % place.world == place.rank}
+        with torch.no_grad():
+            for batch in self._loader(self.val, place, batch_size=self.recipe.eval.batch, sampler=share):
+                out = module(*self.inputs(batch, 0, place.device))
+                indices = batch[5].to(place.device)
+                values = torch.stack([out["nll"].double(), out["tokens"].double(), out["right"].double()])
+                if not bool(values.isfinite().all()):
+                    raise FloatingPointError("the model gives NaN or infinity on the validation data: lower optim.lr")
+                fresh = torch.tensor([at in mine for at in batch[5].tolist()], device=place.device)
+                found[:, indices[fresh]] = values[:, fresh]
+                if is_reduced(inner) and int(batch[4].sum()):
+                    run = seat_of(inner).run
+                    counts.append(run.valid_counts.float())
+                    executed = executed or list(map(float, run.counts))
+        nll, tokens, right = place.total(found).unbind()
+        return Scores(
+            self._metrics(nll, tokens, right), *_tokens(counts, place), (right == tokens).cpu().numpy(), executed
+        )
+
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """The trained model as a Hugging Face folder that `winnow.load_vlm` opens, reducer and all."""
+        write_folder(self.llava, folder, state)
+
+    def _metrics(self, nll: Tensor, tokens: Tensor, right: Tensor) -> dict[str, float]:
+        metrics = {
+            "loss": float(nll.sum() / tokens.sum()),
+            "top1": float((right == tokens).double().mean()),
+            "token_top1": float(right.sum() / tokens.sum()),
+        }
+        text = torch.tensor([not one.images for one in self.asked.samples], device=nll.device)
+        if bool(text.any()):
+            metrics["text_loss"] = float(nll[text].sum() / tokens[text].sum())
+        return metrics
+
+    def _loader(self, samples: ConversationSet, place: Place, **how: Any) -> DataLoader:
+        # a generator of its own: otherwise the loader draws from the one that dropout draws from
+        workers = self.recipe.data.workers
+        return DataLoader(
+            samples, num_workers=workers, generator=torch.Generator(), collate_fn=self.joined,
+            pin_memory=place.device.type == "cuda", prefetch_factor=4 if workers else None, **how,
+        )  # fmt: skip
+
+
+def training(recipe: Recipe) -> Training:
+    """The instruction-tuning task of a recipe."""
+    return Training(recipe)
+
+
+def _held(model: nn.Module, labels: Tensor) -> Tensor:
+    """Labels of the columns that the last forward left."""
+    columns = seat_of(model).now.columns if is_reduced(model) else None  # type: ignore[attr-defined]
+    return labels if columns is None else columns.labels(labels)
+
+
+def _tokens(counts: list[Tensor], place: Place) -> tuple[list[float] | None]:
+    """Mean tokens [depth+1] of all images, those that came twice included."""
+    if not counts:
+        return (None,)
+    mine = torch.cat(counts)
+    whole = place.total(torch.cat([mine.sum(0), mine.new_tensor([len(mine)])]))
+    return ((whole[:-1] / whole[-1]).tolist(),)
+
+
+def _open(source: Source, extra: InstructPart) -> Conversations:
+    return open_conversations(
+        source.path, source.split, source.limit, images=extra.images, mixtures=extra.mixtures
+    )  # fmt: skip
+
+
+def _counted(conversations: Conversations) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in conversations.kinds().items())
+    return f"{len(conversations):,} conversations ({kinds})"
+
+
+def _refuse(recipe: Recipe) -> None:
+    """Keys of other tasks that would be ignored here."""
+    from ..data.training import Augment
+
+    set_ = {
+        "freeze": recipe.freeze != "none", "label_smoothing": recipe.label_smoothing, "model.drop": recipe.model.drop,
+        "model.drop_path": recipe.model.drop_path, "model.num_classes": "num_classes" in recipe.model.model_fields_set,
+        "model.options": recipe.model.options, "augment": recipe.augment != Augment(), "eval.crop_pct": recipe.eval.crop_pct,
+        "data.mean": recipe.data.mean, "data.std": recipe.data.std, "compile": recipe.compile,
+    }  # fmt: skip
+    wrong = [key for key, value in set_.items() if value]
+    if wrong:
+        raise ValueError(f"{wrong[0]} means nothing for task: instruct (or is not known to work with it): leave it out")
