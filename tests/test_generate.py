@@ -13,7 +13,9 @@ from PIL import Image
 from vlms import IMAGE, llava
 
 from winnow import Exactly, FastV, PruMerge, PyramidDrop, Random
+from winnow._vlm_model import ask, load_vlm
 from winnow.cli import generate
+from winnow.view import vlm as kept
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [*SPECIAL, "what", "is", "this", "?", *map(str, range(IMAGE - 8)), "<image>"]
@@ -62,10 +64,11 @@ def test_the_command_answers_and_draws(folder, tmp_path):
 
 
 def test_what_is_drawn_is_what_was_kept(folder):
-    processor, vlm = generate.load(f"hf:{folder}")
+    processor, vlm = load_vlm(f"hf:{folder}")
     photo = Image.open(folder / "photo.png").convert("RGB")
-    inputs = generate.ask(processor, [photo, photo.rotate(90)], "what is this ?")
-    shown = generate.seen(processor, inputs, [photo, photo])
+    prompt = "what is this ?"
+    inputs = ask(processor, [[photo, photo.rotate(90)]], [prompt])
+    shown = kept.seen(processor, inputs, [photo, photo])
     assert len(shown) == 2 and shown[0].shape == (32, 32, 3)
     stages = {
         Random(keep=Exactly(6), at="tower"): [("after the tower", 12)],
@@ -74,17 +77,17 @@ def test_what_is_drawn_is_what_was_kept(folder):
         PyramidDrop((1, 3), (0.5, 0.25)): [("from block 1", 16), ("from block 3", 8)],
     }
     for method, wanted in stages.items():
-        row, layers = generate._reduced(processor, vlm, method, inputs, 3)
-        per_picture = [generate._of(layers, place, 2, (32, 32)) for place in range(2)]
+        row, layers = generate._reduced(processor, vlm, method, inputs, prompt, 3)
+        per_picture = [kept.of(layers, place, 2, (32, 32)) for place in range(2)]
         for stage, (label, count) in enumerate(wanted):
             counts = [one[stage][2] for one in per_picture]
-            assert all(one[stage][0] == label and one[stage][1].shape == (4, 4) for one in per_picture)
+            assert all(kept.words(one[stage][0]) == label and one[stage][1].shape == (4, 4) for one in per_picture)
             assert sum(counts) == (row["image_tokens"] if count is None else count)
         assert sum(one[-1][2] for one in per_picture) == row["image_tokens"]
 
 
 def test_a_wrong_model_is_refused_in_one_line():
     with pytest.raises(ValueError, match="hf:ID_OR_PATH"):
-        generate.load("timm:vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="no processor"):
-        generate.load("hf:/nowhere/at/all")
+        load_vlm("timm:vit_tiny_patch16_224")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_vlm("hf:/nowhere/at/all")

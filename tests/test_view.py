@@ -437,5 +437,5 @@ def test_curves_are_saved(tmp_path, rows, suffix):
     first = view.save(rows, tmp_path / f"a.{suffix}", "time", 25).read_bytes()
     assert first == view.save(rows, tmp_path / f"b.{suffix}", "time", 25).read_bytes()
     assert len(curves.points(rows)) == len(rows)
-    with pytest.raises(ValueError, match="'macs' or 'time'"):
+    with pytest.raises(ValueError, match="'macs', 'time' or 'tokens'"):
         view.save(rows, tmp_path / f"c.{suffix}", "money")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import winnow
 
 from ._parse import parse, parse_way
+from ._question import tell
 
 NAME = "winnow_hf"
 MANIFEST = ModelManifest(NAME, chat_class_path=f"{__name__}.WinnowHf")
@@ -113,14 +114,13 @@ class WinnowHf(lmms):
 
     def _ask(self, chats: list[ChatMessages], images: list[int]) -> None:
         """Tell a method that wants to know what is asked about each image."""
-        ask = getattr(winnow.reducer_of(self.model), "ask", None) if hasattr(self.model, "reducer") else None
-        if ask is None or not any(images) or not getattr(winnow.reducer_of(self.model), "asked", True):
+        if not hasattr(self.model, "reducer") or not any(images):
             return
         texts = [
             " ".join(part.text for one in chat.messages for part in one.content if part.type == "text")
             for chat in chats
         ]
-        ask([text for text, several in zip(texts, images) for _ in range(several)])
+        tell(self.model, [text for text, several in zip(texts, images) for _ in range(several)])
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refused."""

@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ._reduce import reducer_of
 
 EDGE = 1e-6
 """Least relevance, so that no token is worth nothing."""
+
+
+def tell(model: nn.Module, questions: Sequence[str]) -> None:
+    """Say what is asked, one question for all images or one for each, where the reduced model's method goes by it."""
+    reducer = reducer_of(model)
+    if getattr(reducer, "asked", False):
+        reducer.ask(questions)  # type: ignore[operator]
 
 
 class Question:

@@ -5,15 +5,18 @@ VTC-Bench and UniPruneBench (2025): nothing is better than doing nothing clever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .adapters import host_of
+from .measure import vlm_macs
 from .measure.closed_form import closed_form
 from .methods import Downsample, Grid, Pool, Random
-from .parts.amount import Keep
+from .parts.amount import Exactly, Keep
 from .reducer import Method, Setting
 
 SLACK = 1.02
@@ -36,28 +39,51 @@ def equal_cost(model: nn.Module, macs: float) -> Iterator[Method]:
     """Each baseline at the largest setting that costs at most SLACK * macs, where there is one."""
     host = host_of(model)
     layers = thirds(host.setting)
+    cost = partial(method_macs, model)
     for family in (Random, Grid, Pool):
         shares = [share / 200 for share in range(1, 200)]
-        fitting = _last_fitting(model, [family(keep=Keep(share), layers=layers) for share in shares], macs)
+        fitting = _last_fitting(cost, [family(keep=Keep(share), layers=layers) for share in shares], macs)
         if fitting is not None:
             yield fitting
     patch = host.setting.patch
     if "input" in host.accepts and patch is not None and host.setting.grid is not None:
         sizes = [patch[0] * cells for cells in range(1, min(host.setting.grid))]
-        fitting = _last_fitting(model, [Downsample(size) for size in sizes], macs)
+        fitting = _last_fitting(cost, [Downsample(size) for size in sizes], macs)
         if fitting is not None:
             yield fitting
 
 
-def _last_fitting(model: nn.Module, ladder: list[Method], macs: float) -> Method | None:
+def equal_cost_vlm(model: Any, macs: float, text: int) -> Iterator[Method]:
+    """The same for a vision-language model and a prompt of `text` other tokens: baselines at the tower, a smaller image.
+
+    They save nothing in the tower, but for the smaller image: where `macs` are fewer than the tower's, few are left.
+    """
+    setting = host_of(model).setting
+
+    def cost(method: Method) -> float:
+        return vlm_macs(model.config, method, text).total
+
+    assert setting.patches is not None and setting.patch is not None and setting.grid is not None
+    sizes = [setting.patch[0] * cells for cells in range(1, min(setting.grid))]
+    ladders: list[list[Method]] = [[Downsample(size) for size in sizes]]
+    ladders += [
+        [family(keep=Exactly(k), at="tower") for k in range(1, setting.patches)] for family in (Random, Grid, Pool)
+    ]
+    for ladder in ladders:
+        fitting = _last_fitting(cost, ladder, macs)
+        if fitting is not None:
+            yield fitting
+
+
+def _last_fitting(cost: Callable[[Method], float | None], ladder: list[Method], macs: float) -> Method | None:
     """The dearest of a ladder of ever dearer methods that costs at most SLACK * macs, by bisection."""
     low, high = 0, len(ladder)
     while low < high:
         middle = (low + high) // 2
-        cost = method_macs(model, ladder[middle])
-        if cost is None:
+        found = cost(ladder[middle])
+        if found is None:
             return None
-        low, high = (middle + 1, high) if cost <= SLACK * macs else (low, middle)
+        low, high = (middle + 1, high) if found <= SLACK * macs else (low, middle)
     return ladder[low - 1] if low else None
 
 

@@ -20,7 +20,7 @@ from ._options import Json
 from ._progress import Progress
 
 NAME = "report"
-DOCUMENTS = ("ctd", "drip", "seed001-flops", "seed002")
+DOCUMENTS = ("clip", "ctd", "drip", "seed001-flops", "seed002")
 """Recipes of the documents' experiments, which `winnow report NAME` runs and writes up."""
 
 
@@ -100,7 +100,7 @@ def write(rows: list[record.Row], pictures: list, out: Path) -> list[Path]:
         return made
     made.append(view.html(rows, pictures, out / "report.html"))
     made.append(view.files.write(out / "report.md", view.markdown(rows).encode()))
-    for against in ("macs", "time"):
+    for against in ("macs", "time", "tokens"):
         if view.curves.drawable(rows, against):
             made.append(view.save(rows, out / f"accuracy-{against}.svg", against))
     return made

@@ -1,6 +1,6 @@
 """What a vision-language model's configuration says about its shapes, and the MACs that follow.
 
-Hugging Face configurations of transformers 5: LLaVA (CLIP or SigLIP towers) and Qwen2.5-VL, told apart by their fields.
+Hugging Face configurations of transformers 5: LLaVA (CLIP, SigLIP or ViT towers) and Qwen2.5-VL, told apart by their fields.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Tower:
     mlp_matrices: int
     prefix: int
     grid: tuple[int, int]
+    patch: tuple[int, int]
+    """In pixels."""
     stem: float
     """MACs per patch of the patch embedding."""
     made: int
@@ -82,7 +84,7 @@ class Tower:
     full: tuple[int, ...] = ()
     """Blocks without windows."""
     pooler: float = 0.0
-    """MACs of a pooling head, which runs and is not read."""
+    """MACs of a pooling head or layer, which runs and is not read."""
 
     @property
     def patches(self) -> int:
@@ -99,7 +101,7 @@ class Tower:
         """What a method inside the tower is applied to; None where the projector needs the whole grid."""
         if self.merge > 1:
             return None
-        return Setting(self.depth, self.width, self.heads, self.prefix, bool(self.prefix), self.grid)
+        return Setting(self.depth, self.width, self.heads, self.prefix, bool(self.prefix), self.grid, self.patch)
 
     @property
     def after(self) -> Setting:
@@ -107,9 +109,12 @@ class Tower:
         side = int(self.merge**0.5)
         return Setting(1, self.width, self.heads, 0, bool(self.prefix), (self.grid[0] // side, self.grid[1] // side))
 
-    def macs(self, patches: tuple[int, ...]) -> float:
-        """MACs of the tower, `patches` entering each block and leaving the last: attention sees those that enter."""
-        total = self.patches * self.stem + self.pooler
+    def macs(self, patches: tuple[int, ...], cut: int | None = None) -> float:
+        """MACs of the tower, `patches` entering each block and leaving the last: attention sees those that enter.
+
+        cut: patches of the image, where it was made smaller.
+        """
+        total = (cut or self.patches) * self.stem + self.pooler
         for layer, (enter, leave) in enumerate(pairwise(patches)):
             n, m = enter + self.prefix, leave + self.prefix
             pairs = n * n if not self.window or layer in self.full else _windowed(self.grid, self.window)
@@ -153,13 +158,15 @@ def _plain(config: Any, vision: Any, text: Any, grid: tuple[int, int] | None) ->
     if not isinstance(layer, int):
         raise TypeError(f"vision_feature_layer={layer}: features of several layers are joined; one layer works")
     width, prefix = vision.hidden_size, int(config.vision_feature_select_strategy == "default")
-    pools = getattr(vision, "vision_use_head", False)
     n = side**2 + prefix
+    pooler = float(width * (getattr(vision, "pooler_output_size", None) or 0))  # ViT's reads the class token
+    if getattr(vision, "vision_use_head", False):
+        pooler = 2 * (n + 1) * width**2 + 2 * n * width + 2 * width * vision.intermediate_size
     return Tower(
         depth=depth, width=width, heads=vision.num_attention_heads, mlp=vision.intermediate_size, mlp_matrices=2,
         prefix=prefix, grid=(side, side), stem=vision.num_channels * vision.patch_size**2 * width,
         made=(layer + depth + 1 if layer < 0 else layer) - 1, widths=(width, text.hidden_size, text.hidden_size),
-        pooler=2 * (n + 1) * width**2 + 2 * n * width + 2 * width * vision.intermediate_size if pools else 0.0,
+        pooler=pooler, patch=(vision.patch_size, vision.patch_size),
     )  # fmt: skip
 
 
@@ -171,7 +178,8 @@ def _merging(vision: Any, text: Any, grid: tuple[int, int] | None) -> Tower:
     merged = vision.hidden_size * side**2
     return Tower(
         depth=vision.depth, width=vision.hidden_size, heads=vision.num_heads, mlp=vision.intermediate_size, mlp_matrices=3,
-        prefix=0, grid=grid, made=vision.depth - 1, widths=(merged, merged, text.hidden_size), merge=side**2,
+        prefix=0, grid=grid, made=vision.depth - 1, patch=(vision.patch_size, vision.patch_size),
+        widths=(merged, merged, text.hidden_size), merge=side**2,
         stem=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size,
         window=vision.window_size // vision.patch_size, full=tuple(vision.fullatt_block_indexes),
     )  # fmt: skip

@@ -50,12 +50,14 @@ def vlm_macs(
     grid: tuple[int, int] | None = None,
     convention: str = "mac",
     dtype: torch.dtype = torch.float16,
+    kept: int | None = None,
 ) -> VlmMacs:
     """MACs of one image and `text` other tokens, by stage, equal to what is counted when the model runs.
 
     config: of Hugging Face's LLaVA or Qwen2.5-VL. keep: image tokens that the language model is given, or how many
     enter each of its blocks, or a method; None is all. grid: (h, w) in patches, where the model takes images of any
-    size. convention: "mac", or "fastv" or "sparsevlm" for the figures of those papers. dtype: of the cache.
+    size. convention: "mac", or "fastv" or "sparsevlm" for the figures of those papers. dtype: of the cache. kept: tokens
+    that a method at the tower left of this image, where that is for the image to say.
     TypeError for another model; ValueError for amounts that are impossible on it.
     """
     if convention not in CONVENTIONS:
@@ -63,7 +65,7 @@ def vlm_macs(
     if isinstance(text, bool) or not isinstance(text, int) or text < 1:
         raise ValueError(f"text={text!r}: the number of tokens that are not the image's, 1 or more")
     tower, llm = shapes_of(config, grid)
-    plan = _plan(tower, llm, keep, text)
+    plan = _plan(tower, llm, keep, text, kept)
     tokens = [n + text for n in plan.llm]
     kv_bytes = sum(tokens) * 2 * llm.kv_width * dtype.itemsize
     sizes = plan.llm, tokens[0], kv_bytes
@@ -72,7 +74,7 @@ def vlm_macs(
         d, m = llm.width, llm.mlp
         return VlmMacs(0, 0, 0, sum(4 * n * d**2 + 2 * n**2 * d + matrices * n * d * m for n in tokens), 0, *sizes)
     return VlmMacs(
-        tower.macs(plan.tower),
+        tower.macs(plan.tower, plan.cut),
         plan.reducer,
         tower.project(plan.projected),
         sum(llm.block(n, n) for n in tokens) + llm.head,
@@ -98,12 +100,17 @@ class _Plan:
     llm: tuple[int, ...]
     """Image tokens entering each block of the language model."""
     reducer: float = 0.0
+    cut: int | None = None
+    """Patches of the image, where it was made smaller."""
 
 
-def _plan(tower: Tower, llm: Decoder, keep: int | Sequence[int] | Method | None, text: int) -> _Plan:
+def _plan(
+    tower: Tower, llm: Decoder, keep: int | Sequence[int] | Method | None, text: int, left: int | None = None
+) -> _Plan:
     every, n = (tower.patches,) * (tower.depth + 1), tower.tokens
     if isinstance(keep, Method):
-        return _method_plan(tower, llm, keep, text)
+        return _method_plan(tower, llm, keep, text, left)
+    assert left is None, "of a method"
     kept = (n,) * llm.depth if keep is None else (keep,) * llm.depth if isinstance(keep, int) else tuple(keep)
     if len(kept) != llm.depth:
         raise ValueError(f"keep has {len(kept)} numbers, the language model {llm.depth} blocks: give one for each")
@@ -114,9 +121,9 @@ def _plan(tower: Tower, llm: Decoder, keep: int | Sequence[int] | Method | None,
     return _Plan(every, _read(tower, kept[0]), kept)
 
 
-def _method_plan(tower: Tower, llm: Decoder, method: Method, text: int) -> _Plan:
+def _method_plan(tower: Tower, llm: Decoder, method: Method, text: int, left: int | None) -> _Plan:
     facts, every = method.facts, (tower.patches,) * (tower.depth + 1)
-    if not facts.static:
+    if not facts.static and (left is None or facts.where != "tower"):
         raise ValueError(f"{method} keeps what the image asks for: give the number of image tokens it kept instead")
     if facts.where == "llm":
         return _llm_plan(tower, llm, method, text)
@@ -128,16 +135,16 @@ def _method_plan(tower: Tower, llm: Decoder, method: Method, text: int) -> _Plan
     if facts.where == "tower":
         n = setting.patches
         assert n is not None
-        kept = method.count(n, 0, n)
+        kept = method.count(n, 0, n) if left is None else left
         read, wide = (n, tower.widths[-1]) if "projected" in facts.needs else (kept, setting.width)
         own = reducer.macs(n, 0, replace(setting, width=wide, prefix=tower.prefix))
         return _Plan(every, _read(tower, read), (kept,) * llm.depth, own)
-    if facts.where != "block":
-        raise ValueError(f'{method} acts at "{facts.where}": "block", "tower" and "llm" are known here')
     counts = method.counts(setting)
-    own = sum(reducer.macs(counts[layer], layer, setting) for layer in method.sites(setting.depth))
-    kept = counts[tower.made + 1]
-    return _Plan(counts, kept, (kept,) * llm.depth, own)
+    between = facts.where == "between"
+    before = (tower.patches, *counts) if between else counts
+    own = sum(reducer.macs(before[layer], layer, setting) for layer in method.sites(setting.depth))
+    kept = counts[tower.made if between else tower.made + 1]
+    return _Plan(counts, kept, (kept,) * llm.depth, own, counts[0] if facts.where == "input" else None)
 
 
 def _llm_plan(tower: Tower, llm: Decoder, method: Method, text: int) -> _Plan:

@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from ..parts.amount import Amount, at_site, check_amounts, check_layers
+from ..parts.amount import Amount, Keep, at_site, check_amounts, check_layers
 from ..parts.choose import top
 from ..parts.combine import drop
 from ..reducer import Method, Reducer, Setting, Signals
@@ -38,6 +38,11 @@ class AtLayers(Method):
 
     def count(self, n: int, layer: int, patches: int | None = None) -> int:
         return self.kept(n, layer, patches) if layer in self.sites() else n
+
+    def leaving(self, amount: Amount) -> Method:
+        """A share falls by the same part at every site."""
+        sites = len(self.sites())
+        return super().leaving(Keep(round(amount.share ** (1 / sites), 4)) if isinstance(amount, Keep) else amount)
 
     def check(self, setting: Setting) -> None:
         super().check(setting)

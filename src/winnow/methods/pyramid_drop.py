@@ -5,9 +5,9 @@ Xing et al., "PyramidDrop: Accelerating Large Vision-Language Models via Pyramid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..parts.amount import check_layers
+from ..parts.amount import Amount, Keep, check_layers
 from ..reducer import Facts, Method, Reducer
 from .fastv import KeepAttended
 
@@ -39,6 +39,13 @@ class PyramidDrop(Method):
     @property
     def facts(self) -> Facts:
         return Facts(where="llm", needs=frozenset({"text_attention"}), ahead=1, renumber=True)
+
+    def leaving(self, amount: Amount) -> Method:
+        """The share falls by the same part at every layer, as in the paper."""
+        if not isinstance(amount, Keep):
+            raise TypeError(f"PyramidDrop takes shares of the image tokens, not {amount}")
+        sites = len(self.layers)
+        return replace(self, keep=tuple(round(amount.share ** ((at + 1) / sites), 4) for at in range(sites)))
 
     def sites(self, depth: int) -> tuple[int, ...]:
         return self.layers

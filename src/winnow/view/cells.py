@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from winnow.measure.record import Latency, Paired, Row, Top1
 from winnow.methods import BASELINES
@@ -150,12 +150,19 @@ def columns(found: Sequence[Group], brief: bool = False) -> list[Column]:
         able += _timing(size, bare=len(sizes) == 1)
     able += _OBJECTS
     able.append(Column("peak MiB", "Peak memory of the forward pass.", _memory, brief=False))
+    if all(row.vlm is not None for group in found for row in group.rows):
+        able = [replace(column, **_ASKED.get(column.head, {})) for column in able]
     return [
         column
         for column in able
         if (column.brief or not brief)
         and (column.wanted or any(column.cell(row, group).text != NONE for group in found for row in group.rows))
     ]
+
+
+def things(rows: Sequence[Row]) -> str:
+    """What accuracy is a share of."""
+    return "questions" if any(row.vlm is not None for row in rows) else "images"
 
 
 def _method(row: Row, group: Group) -> Cell:
@@ -298,6 +305,13 @@ def _timing(batch: int, bare: bool) -> list[Column]:
     ]
 
 
+_ASKED: dict[str, dict[str, Any]] = {
+    "tokens": {"meaning": "Image tokens entering the last block of the language model, mean over the questions."},
+    "GMAC": {"meaning": "10⁹ multiply-adds up to the first token, mean over the questions (1 GMAC = 2 GFLOP)."},
+    "top-1 %": {"head": "right %", "meaning": "Share of questions whose answer is right, with its 95 % interval."},
+    "agreement with plain %": {"meaning": "Share of questions whose answer equals the plain model's."},
+}
+"""What some columns are where all rows are of vision-language models."""
 _COST = [
     Column(
         "method", "The spelling that runs it again; nothing but defaults left out.", _method, number=False, wanted=True

@@ -14,7 +14,7 @@ from typing import Any
 
 from winnow.measure.record import Row
 from winnow.view import files
-from winnow.view.cells import at, family, gmac, groups, name, percent, top1
+from winnow.view.cells import at, family, gmac, groups, name, percent, things, top1
 
 INK, MUTED, PAPER = "#1c1f23", "#767c83", "#fdfdfc"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf", "#8c564b")
@@ -34,9 +34,12 @@ class Point:
 
 
 def points(rows: Sequence[Row], against: str = "macs", batch: int | None = None) -> list[Point]:
-    """The rows that have both numbers: top-1 (agreement where top-1 means nothing) and GMAC or speed at `batch`."""
-    if against not in ("macs", "time"):
-        raise ValueError(f"against is 'macs' or 'time', not {against!r}")
+    """The rows that have both numbers: top-1 (agreement where that means nothing), and GMAC, speed or image tokens.
+
+    "tokens" are those of vision-language models, mean over the blocks of the language model.
+    """
+    if against not in ("macs", "time", "tokens"):
+        raise ValueError(f"against is 'macs', 'time' or 'tokens', not {against!r}")
     scored = any(top1(row) for row in rows)
     found = []
     for row in rows:
@@ -56,6 +59,8 @@ def points(rows: Sequence[Row], against: str = "macs", batch: int | None = None)
 def _across(row: Row, against: str, batch: int | None) -> tuple[float | None, tuple[float, float] | None]:
     if against == "macs":
         return gmac(row), None
+    if against == "tokens":
+        return (None if row.vlm is None else sum(row.vlm.image_tokens) / len(row.vlm.image_tokens)), None
     if row.role == "plain":
         return 1.0, None
     one = at(row, batch) if batch is not None else None
@@ -74,7 +79,9 @@ def curve(rows: Sequence[Row], against: str = "macs", batch: int | None = None, 
     axes = sheet.add_subplot(facecolor="none")
     _lines(axes, found)
     _plain(axes, found, against)
-    _axes(axes, against, batch, "top-1 accuracy, %" if any(point.up for point in found) else "agreement with plain, %")
+    one = things(rows)[:-1]
+    right = "answers right, %" if one == "question" else "top-1 accuracy, %"
+    _axes(axes, against, batch, right if any(point.up for point in found) else "agreement with plain, %", one)
     place = {"loc": "outside lower center", "ncols": 3} if narrow else {"loc": "outside right center"}
     sheet.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6, columnspacing=1.1, **place)
     return sheet
@@ -152,9 +159,13 @@ def _plain(axes: Any, found: list[Point], against: str) -> None:
     )
 
 
-def _axes(axes: Any, against: str, batch: int | None, label: str) -> None:
+def _axes(axes: Any, against: str, batch: int | None, label: str, one: str) -> None:
     axes.set_ylabel(label, color=INK, fontsize=9.5)
-    words = "GMAC per image (left is cheaper)"
+    words = f"GMAC per {one} (left is cheaper)"
+    if against == "tokens":
+        words = "image tokens per block of the language model, on average"
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if against == "time":
         words = f"measured speed, plain = 1, batch {batch} (right is faster)"
         axes.axvline(1, color=MUTED, linewidth=0.8, alpha=0.6, zorder=1)
@@ -197,7 +208,7 @@ def svg(
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{tag}-", text)
     for i, colour in enumerate((INK, MUTED, PAPER, *COLOURS)):
         text = text.replace(colour, f"var(--{('ink', 'muted', 'paper')[i] if i < 3 else f's{i - 3}'})")
-    over = "GMACs" if against == "macs" else f"measured speed at batch {batch}"
+    over = {"macs": "GMACs", "tokens": "image tokens"}.get(against, f"measured speed at batch {batch}")
     label = f"Accuracy against {over}; the table has every number"
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 

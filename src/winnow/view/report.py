@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,12 @@ class Sheet:
     """The image as the model saw it."""
     lost: str = ""
     """How many methods lost it, in words; empty where nothing is known of that."""
+    places: Mapping[int, str] = field(default_factory=dict)
+    """Words for numbers in `images` that are no blocks of a ViT."""
+
+    def place(self, layer: int) -> str:
+        """Where a number in `images` stands."""
+        return self.places.get(layer) or after(layer)
 
 
 def table(rows: Sequence[Row]) -> rich.table.Table:
@@ -103,7 +109,7 @@ def html(rows: Sequence[Row], pictures: Sequence[Sheet], path: str | Path) -> Pa
             sheets=[_sheet(sheet) for sheet in pictures],
             ordered=any(sheet.lost for sheet in pictures),
             methods=list(dict.fromkeys(one[0] for sheet in pictures for one in sheet.images)),
-            layers=[(layer, after(layer)) for layer in sorted({one[1] for sheet in pictures for one in sheet.images})],
+            layers=sorted({(one[1], sheet.place(one[1])) for sheet in pictures for one in sheet.images}),
         )
     )
     return files.write(path, page.encode("utf-8"))
@@ -154,14 +160,15 @@ def facts(group: Group) -> list[tuple[str, str]]:
 def _section(group: Group, i: int) -> dict[str, Any]:
     shown, known = columns([group]), facts(group)
     sizes = sorted({one.batch for row in group.rows for one in row.latency})
-    asked = [("macs", None), *(("time", size) for size in sizes)]
+    asked = [("macs", None), *(("time", size) for size in sizes), ("tokens", None)]
     charts = []
     for j, (against, size) in enumerate(asked):
         wide, narrow = (
             curves.svg(group.rows, against, size, thin, f"g{i}c{j}{'n' if thin else 'w'}") for thin in (False, True)
         )
         if wide:
-            charts.append({"wide": wide, "narrow": narrow, "batch": size})
+            over = {"macs": "cost", "tokens": "image tokens"}.get(against, f"measured time, batch {size}")
+            charts.append({"wide": wide, "narrow": narrow, "over": over})
     return {
         "title": title(group),
         "where": " · ".join(text for head, text in known if head in ("data", "weights", "device", "commit", "date")),
@@ -178,7 +185,7 @@ def _sheet(sheet: Sheet) -> dict[str, Any]:
     strips: dict[str, list[dict[str, Any]]] = {}
     for method, layer, tokens, image in sheet.images:
         count = f"{tokens:.1f}".removesuffix(".0")
-        one = {"layer": layer, "label": after(layer), "tokens": count, "uri": _uri(image)}
+        one = {"layer": layer, "label": sheet.place(layer), "tokens": count, "uri": _uri(image)}
         strips.setdefault(method, []).append(one)
     for strip in strips.values():
         shown = [one["layer"] for one in spaced(strip, OVERVIEW)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from winnow.measure.record import Row
-from winnow.view.cells import Group, absent, at, family, gmac, name, percent, speed, top1, verdict
+from winnow.view.cells import Group, absent, at, family, gmac, name, percent, speed, things, top1, verdict
 
 
 def sentences(group: Group) -> list[str]:
@@ -25,9 +25,9 @@ def _plain(group: Group) -> str:
         return ""
     cost = gmac(plain)
     words = f"The plain model is right on {percent(right.value)} %"
-    words += f" of {plain.data.n} images" if plain.data else ""
+    words += f" of {plain.data.n} {things(group.rows)}" if plain.data else ""
     words += f" (95 % interval {percent(right.low)}–{percent(right.high)})"
-    return words + (f" at {cost:.3g} GMAC per image." if cost is not None else ".")
+    return words + (f" at {cost:.3g} GMAC per {things(group.rows)[:-1]}." if cost is not None else ".")
 
 
 def _best(group: Group) -> str:
@@ -45,7 +45,9 @@ def _best(group: Group) -> str:
     words += "".join(f"; {_pace(best, batch)}" for batch in _batches([best])) + "."
     wide = (right.high - right.low) / 2
     if wide > 0.01:
-        words += f" One point is less than these images resolve (±{percent(wide)}): rely on the paired tests."
+        words += (
+            f" One point is less than these {things(group.rows)} resolve (±{percent(wide)}): rely on the paired tests."
+        )
     return words
 
 
@@ -142,7 +144,7 @@ def _agreement(group: Group) -> str:
     why = "The weights are random" if group.rows[0].weights is None else "No labels were given"
     return (
         f"{why}, so accuracy means nothing here: only agreement with the plain model is shown, "
-        f"{percent(min(agree))} to {percent(max(agree))} % of images."
+        f"{percent(min(agree))} to {percent(max(agree))} % of {things(group.rows)}."
     )
 
 

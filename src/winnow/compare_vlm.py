@@ -1,0 +1,125 @@
+"""compare for vision-language models: the same questions, plain and reduced, answers right or wrong, costs by stage.
+
+Winnow's own; the protocol is that of compare.py, and so are rows, paired tests and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import winnow
+
+from .baselines import equal_cost_vlm
+from .compare import Comparison
+from .measure import VlmMacs, count_macs, peak_memory, vlm_macs
+from .measure import record as rec
+from .measure.closed_form import check_counted
+from .measure.vlm_time import compare_vlm_latency, first_token
+from .parts.amount import Exactly, Keep
+from .reducer import Method
+from .tasks.answer import Said, answer
+from .twin import twin
+
+STAGES = ("vision", "reducer", "projector", "prefill", "decode")
+
+
+@dataclass
+class VlmComparison(Comparison):
+    """`batches` are `Prompts`, `labels` their answers; times are to the first token."""
+
+    task: str = "compare-vlm"
+    waits: dict[str | None, list[rec.Latency]] = field(default_factory=dict)
+    """Timed answers of the configuration that was timed last."""
+
+    def _answers(self, model: nn.Module, watched: bool) -> Said:
+        return answer(model, self.batches, watched)  # type: ignore[arg-type]
+
+    def _cost(self, method: Method | None, answers: Any) -> dict[str, Any]:
+        """Closed form sample by sample; counted on the first, which must agree with it."""
+        config: Any = self.model.config
+
+        @cache
+        def said(tokens: tuple[int, ...], text: int) -> VlmMacs:
+            if method is None or method.facts.static:
+                return vlm_macs(config, method, text)
+            return vlm_macs(config, method, text, kept=tokens[0])
+
+        each = [said(tuple(n), t) for n, t in zip(answers.tokens.tolist(), answers.text.tolist(), strict=True)]
+        totals = np.array([one.total for one in each])
+        counted = count_macs(self.model, {**_first(self.batches), "logits_to_keep": 1})
+        check_counted(counted, each[0].total, repr(method) if method else self.name)
+        tokens = answers.tokens.double().mean(0)
+        return {
+            "counts": [round(float(n), 2) for n in tokens],
+            "macs": rec.Macs(counted=counted, closed=each[0].total, mean=float(totals.mean()), max=float(totals.max())),
+            "vlm": rec.Vlm(
+                stages={stage: float(np.mean([getattr(one, stage) for one in each])) for stage in STAGES},
+                image_tokens=[round(float(n)) for n in tokens],
+                prompt_tokens=round(float(np.mean([one.prompt_tokens for one in each]))),
+                kv_bytes=round(float(np.mean([one.kv_bytes for one in each]))),
+                answer=self.waits.pop(repr(method) if method else None, []),
+            ),
+        }
+
+    def _latency(self, method: Method | None, size: int) -> rec.Latency:
+        """Plain and reduced in turn, to the first token; the whole answer beside it."""
+        inputs = _of(self.batches, size)
+        plain = winnow.restore(twin(self.model))
+        first, whole = compare_vlm_latency(plain, self.model, inputs, pairs=self.pairs, device=self._where())
+        self.waits.setdefault(repr(method) if method else None, []).append(whole)
+        return first.model_copy(update={"threads": torch.get_num_threads()})
+
+    def _memory(self) -> float:
+        run = first_token(self.model, next(iter(self.batches)).inputs)
+        with torch.inference_mode():
+            return peak_memory(run, self._where())
+
+    def _where(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _equal_cost(self, macs: float) -> Iterator[Method]:
+        text = int((_first(self.batches)["input_ids"] != self.model.config.image_token_id).sum())  # type: ignore[union-attr]
+        return equal_cost_vlm(self.model, macs, text)
+
+
+def _first(prompts: Any) -> dict[str, Any]:
+    """The first question alone, without padding."""
+    return prompts.batch_of([prompts.samples[0]]).inputs
+
+
+def _of(prompts: Any, size: int) -> dict[str, Any]:
+    """`size` questions, repeated where there are too few."""
+    several = [prompts.samples[i % len(prompts.samples)] for i in range(size)]
+    return prompts.batch_of(several).inputs
+
+
+def at_budgets(methods: Sequence[Method], budgets: Sequence[float]) -> list[Method]:
+    """Each method once for each budget, if it has a setting `keep` and that is its default; as it is otherwise.
+
+    budgets: shares of the image tokens up to 1 (at which nothing is removed: that is the plain row), whole numbers above.
+    """
+    amounts = [_amount(budget) for budget in budgets if budget != 1]
+    out: list[Method] = []
+    for method in methods:
+        keep = method.__dataclass_fields__.get("keep")  # type: ignore[attr-defined]
+        open_ = amounts and keep is not None and method.keep == keep.default  # type: ignore[attr-defined]
+        out += [method.leaving(amount) for amount in amounts] if open_ else [method]
+    return list(dict.fromkeys(out))
+
+
+def _amount(budget: float) -> Keep | Exactly:
+    if budget <= 1:
+        return Keep(budget)
+    if budget != int(budget):
+        raise ValueError(f"budget {budget:g}: a share up to 1, or a whole number of image tokens")
+    return Exactly(int(budget))
+
+
+__all__ = ["VlmComparison", "at_budgets"]
