@@ -7,6 +7,7 @@ import pytest
 import winnow
 from winnow import (
     DRIP,
+    AdaptiveKeep,
     Below,
     CurriculumDrop,
     Downsample,
@@ -62,6 +63,10 @@ OTHERS = [
     DRIP(rate=0.2, after=1, loss="lower_bound", inference="sample"),
     DRIP(rate=0.3, predictor="entropy"),
     DRIP(rate=0.3, predictor="spikes", after=1),
+    AdaptiveKeep(budget_max=0.25, head="dot"),
+    AdaptiveKeep(budget_min=9, budget_max=9, fuse="after"),
+    AdaptiveKeep(budget_max=20, head="index", fuse="after", join="concat"),
+    AdaptiveKeep.seed004(budget_max=0.5),
     CurriculumDrop(blocks="all", saliency="received", at_eval=True),
     CurriculumDrop(blocks=(0, 2), per="model", saliency="random"),
     CurriculumDrop(blocks=(0, 1), final=(0.5, 0.3), learn="both", reindex=True),

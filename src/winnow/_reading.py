@@ -23,7 +23,7 @@ NAME = "winnow"
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention was called with; without gradient."""
+    """What one attention was called with; without gradient, unless `graph` is asked for."""
 
     q: Tensor
     """[B, H, Q, D], after norms and rotation, before scaling."""
@@ -57,15 +57,15 @@ class Enough(Exception):
 
 
 Reader = Callable[[Seen], None]
-_now: ContextVar[tuple[Reader, str]] = ContextVar("winnow_reading")
+_now: ContextVar[tuple[Reader, str, bool]] = ContextVar("winnow_reading")
 
 
 @contextmanager
-def reading(block: nn.Module, reader: Reader) -> Iterator[None]:
+def reading(block: nn.Module, reader: Reader, graph: bool = False) -> Iterator[None]:
     """While inside, the block's attention shows the reader what it is called with; then its config is as it was."""
     config: Any = next(part.config for part in block.modules() if hasattr(part, "config"))
     own = config._attn_implementation
-    token = _now.set((reader, own))
+    token = _now.set((reader, own, graph))
     config._attn_implementation = NAME
     try:
         yield
@@ -75,8 +75,9 @@ def reading(block: nn.Module, reader: Reader) -> Iterator[None]:
 
 
 def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **words: Any) -> Any:
-    reader, own = _now.get()
-    reader(Seen(q.detach(), k.detach(), v.detach(), mask, words.get("scaling")))
+    reader, own, graph = _now.get()
+    shown = (q, k, v) if graph else (q.detach(), k.detach(), v.detach())
+    reader(Seen(*shown, mask, words.get("scaling")))
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, q, k, v, mask, *args, **words)
 

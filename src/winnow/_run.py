@@ -19,6 +19,9 @@ from .reducer import Facts, Reducer, Signals
 from .tokens import Ledger, Tokens
 from .ways import Padded, Way, compact, gather_signal, pad, resolve, spread
 
+DRAW = 63
+"""Stands for a layer in the key of the noise that budgets are drawn from."""
+
 
 class Run:
     """State of one forward, by layer; copying or pickling a model leaves it behind."""
@@ -206,6 +209,11 @@ class Seat:
             if "received" in needs:
                 found["received"] = pick(received(q, k, bias, scale, pairs)[:, prefix:], 1)
         return Signals(**found)
+
+    def budget(self, images: int, n: int) -> int | Tensor:
+        """Of n tokens so many to keep, or int64 [images] of them; the same however often it is asked in one forward."""
+        drawn = self.reducer.training and self.reducer.budget is None and self.run.key is not None
+        return self.reducer.amounts(n, images, self._noise(DRAW, 1)[:, 0] if drawn else None)
 
     def _noise(self, layer: int, n: int) -> Tensor:
         key, reducer = self.run.key, self.reducer

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._beside import asked
 from ._reading import Seen, reading
 from ._run import Slot
 from .attention import received, rows
@@ -35,7 +36,7 @@ def look(slot: Slot, *args: Any, reads: bool, gives: bool, **words: Any) -> Any:
     else:
         out = run(*args, **words)
     if gives:
-        now.cls = (out[0] if isinstance(out, tuple) else out)[:, 0].detach()
+        now.cls = (out[0] if isinstance(out, tuple) else out)[:, 0]
     return out
 
 
@@ -45,11 +46,14 @@ def project(slot: Slot, features: Tensor) -> Tensor:
     projector = slot.module
     run = partial(type(projector).forward, projector)
     where, needs = seat.facts.where, seat.facts.needs
+    after = "projected" in needs or ("training_projected" in needs and seat.reducer.training)
+    if "token_read" in needs:
+        features, seat.now.token = features[:, :-1].contiguous(), features[:, -1:]
     if where == "tower":
-        tokens = reduce(seat, run(features), features) if "projected" in needs else reduce(seat, features)
+        tokens = reduce(seat, run(features), features) if after else reduce(seat, features)
     else:
         tokens = replace(seat.run.tokens[seat.vlm.made], x=features)
-    y = tokens.x if "projected" in needs else run(tokens.x)
+    y = tokens.x if after else run(tokens.x)
     return slots(y, tokens.ledger, seat.vlm.in_place)
 
 
@@ -76,6 +80,8 @@ def _sized(seat: Any, features: list[Tensor], grids: list[tuple[int, int]]) -> l
     before: dict[int, Ledger] = {}
     after: dict[int, Ledger] = {}
     sizes = list(dict.fromkeys(grids))
+    if len(sizes) > 1 and isinstance(seat.reducer.budget, Tensor):
+        raise ValueError("images of several sizes in one call: give one budget for all, not one for each")
     for grid in sizes:
         members = [image for image, one in enumerate(grids) if one == grid]
         x = torch.stack([features[image] for image in members])
@@ -111,7 +117,8 @@ def reduce(seat: Any, x: Tensor, features: Tensor | None = None) -> Tokens:
     grid = run.grid if run.grid and run.grid[0] * run.grid[1] == n else None
     tokens = Tokens(x, Ledger.start(len(x), n, x.device), grid)
     seat._store(tokens, -1)
-    signals, seat.now.seen, seat.now.cls = replace(_signals(seat, n), features=features), None, None
+    signals = replace(_signals(seat, len(x), n), features=features)
+    seat.now.seen = seat.now.cls = seat.now.token = None
     out = seat.reducer(tokens, signals, 0)
     if out.n > n:
         raise ValueError(f"{seat.reducer.method} answers {n} image features with {out.n}: it must not make more")
@@ -122,13 +129,20 @@ def reduce(seat: Any, x: Tensor, features: Tensor | None = None) -> Tokens:
     return out
 
 
-def _signals(seat: Any, n: int) -> Signals:
-    needs, tower = seat.facts.needs, seat.vlm.tower
+def _signals(seat: Any, images: int, n: int) -> Signals:
+    facts, tower = seat.facts, seat.vlm.tower
+    needs, training = facts.needs, seat.reducer.training
     prefix = tower.setting.prefix if tower else 0
     seen: Seen | None = seat.now.seen
     found: dict[str, Any] = {"watched": bool(seat.watches), "cls": seat.now.cls}
-    if "noise" in needs:
+    if "noise" in needs or ("training_noise" in needs and training):
         found["noise"] = seat._noise(0, n)
+    if facts.budgeted:
+        found["budget"] = seat.budget(images, n)
+    if seat.now.token is not None:
+        found["token"] = seat.now.token[:, 0]
+    elif "question" in needs:
+        found["question"] = asked(seat, images, n)
     if seen is not None:
         if seen.k.shape[2] != n + prefix:
             raise ValueError(f"the tower attends over {seen.k.shape[2]} tokens, the projector reads {n}")

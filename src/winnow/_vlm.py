@@ -1,33 +1,30 @@
-"""Vision-language models: where image features come in, which columns the language model reads, what is refused.
+"""Vision-language models: the parts a family's adapter names, and where methods act in them.
 
-Winnow's own, on transformers 5. Image features keep one slot per placeholder, and a slot that holds nothing is a row of
--inf; where the language model begins, empty slots leave the sequence. So the caller's ids are never rewritten.
+Winnow's own, on transformers 5. What happens when such a model is called is in _vlm_calls.py.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ._columns import Columns, renumbered
-from ._decoder import Flow, decode
+from ._beside import among, beside, enter
+from ._columns import Columns
+from ._decoder import decode
 from ._host import Host, Patch
 from ._run import Seat, Slot
-from ._tower import EMPTY, look, project, reduced_features
-from .parts.combine import take
+from ._tower import look, project, reduced_features
+from ._vlm_calls import Moment, forward, generate, language
 from .reducer import Facts, Reducer, Setting
 from .ways import Way
 
-MEMORY = "winnow_columns"
-"""Attribute of a cache: by first block, the columns that the layers from there on hold."""
-CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
 SIGNALS = frozenset("queries keys values cls_attention received".split())
+TOKEN = frozenset({"token", "token_read"})
+DRAWN = frozenset({"noise", "training_noise", "padding"})
 
 
 @dataclass(frozen=True)
@@ -60,31 +57,12 @@ class Vlm:
     """What else the language model is given per column, for the columns that are left."""
     inside: str = ""
     """Why methods inside the tower cannot be served; "" where they can."""
+    place: Callable[[nn.Module], Tensor] | None = None
+    """[C] the position that the tower's embeddings (given) add to their last patch; None where there is none."""
     first: int = 1
     """First block of the language model before which image tokens may leave."""
     drops: bool = False
     """Features that are combined would lose what later blocks add to each of them."""
-
-
-class Moment:
-    """State of one call of the model; copying leaves it behind."""
-
-    def __init__(self) -> None:
-        self.images: Tensor | None = None
-        """[B, L] placeholders that image features were put into."""
-        self.labels: Tensor | None = None
-        self.columns: Columns | None = None
-        """What the last column axis of this call holds; None where nothing was shortened."""
-        self.flow: Flow | None = None
-        self.seen: Any = None
-        """What the tower's attention was called with."""
-        self.cls: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> Moment:
-        return Moment()
-
-    def __reduce__(self):
-        return Moment, ()
 
 
 class VlmSeat(Seat):
@@ -93,6 +71,9 @@ class VlmSeat(Seat):
     def __init__(self, vlm: Vlm, host: Host, reducer: Reducer, way: Way) -> None:
         super().__init__(host, reducer, way)
         self.vlm, self.now = vlm, Moment()
+        if "question" in self.facts.needs:
+            config: Any = vlm.llm.config
+            reducer.meet(config.hidden_size)
         early = [site for site in self.sites if self.facts.where == "llm" and site < vlm.first]
         if early:
             raise ValueError(
@@ -149,18 +130,38 @@ def _after(vlm: Vlm, facts: Facts) -> Host:
         Patch(blocks[at], "forward", partial(look, reads=at in reads_at, gives=at in gives_at))
         for at in sorted(gives_at | reads_at)
     ]
+    begin = vlm.begin
+    if facts.needs & TOKEN:
+        begin, watched = replace(begin, function=partial(enter, begin=begin.function)), _passed(vlm, facts)
     return Host(
         family=vlm.family,
         setting=Setting(1, setting.width, setting.heads, 0, setting.cls, setting.grid, setting.patch),
         blocks=blocks,
         views=(),
-        patches=(vlm.begin, *watched, Patch(vlm.projector, "forward", project), *_doors(vlm)),
+        patches=(begin, *watched, Patch(vlm.projector, "forward", project), *_doors(vlm)),
         accepts=frozenset({"tower"}),
-        offers=(SIGNALS if vlm.tower.views else frozenset())
-        | {"noise", "projected", "padding"}
+        offers=(SIGNALS | TOKEN if vlm.tower.views else frozenset())
+        | {"projected", "training_projected", "question"}
+        | DRAWN
         | ({"cls"} if setting.cls else frozenset()),
         seat=partial(VlmSeat, vlm),
     )
+
+
+def _passed(vlm: Vlm, facts: Facts) -> list[Patch]:
+    """The blocks that a token of the reducer's own passes: every one up to that which the projector reads."""
+    assert vlm.tower is not None
+    blocks, views = vlm.tower.blocks[: vlm.made + 1], vlm.tower.views
+    gives = [("cls" in facts.needs) and at == vlm.made for at in range(len(blocks))]
+    if "token" in facts.needs:
+        apart = [partial(beside, index=at, view=views[at], gives=gives[at]) for at in range(len(blocks))]
+        return [Patch(block, "forward", one) for block, one in zip(blocks, apart)]
+    ends = {at: (facts.first and at == 0, facts.first and at == vlm.made) for at in (0, vlm.made)}
+    return [
+        Patch(blocks[at], "forward", partial(among, first=first, last=last, gives=gives[at]))
+        for at, (first, last) in ends.items()
+        if first or last or gives[at]
+    ]
 
 
 def _features(vlm: Vlm) -> Host:
@@ -173,7 +174,7 @@ def _features(vlm: Vlm) -> Host:
         views=(),
         patches=(Patch(vlm.core, "get_image_features", reduced_features, signed=True), *_doors(vlm)),
         accepts=frozenset({"tower"}),
-        offers=frozenset({"noise", "projected", "padding"}),
+        offers=DRAWN | {"projected"},
         seat=partial(VlmSeat, vlm),
     )
 
@@ -205,8 +206,8 @@ def _doors(vlm: Vlm) -> tuple[Patch, ...]:
     return (
         Patch(vlm.core, "get_placeholder_mask", _placeholders),
         Patch(vlm.llm, "forward", language),
-        Patch(vlm.model, "forward", _forward, signed=True),
-        Patch(vlm.model, "generate", _generate, signed=True),
+        Patch(vlm.model, "forward", forward, signed=True),
+        Patch(vlm.model, "generate", generate, signed=True),
         *vlm.more,
     )
 
@@ -218,138 +219,3 @@ def _placeholders(slot: Slot, *args: Any, **words: Any) -> Any:
     if "image_features" in words or len(args) > 2:
         seat.now.images = (found[0] if isinstance(found, tuple) else found)[..., 0]
     return found
-
-
-def _forward(slot: Slot, *args: Any, **words: Any) -> Any:
-    """The whole model; the loss is that of the shortened labels, as the sequence is known only once it has run."""
-    seat: Any = slot.seat
-    model: Any = slot.module
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    words = dict(zip(names, args)) | words
-    if words.get("vision_feature_layer") is not None and seat.facts.where != "llm":
-        raise ValueError("vision_feature_layer at call time: set it in the config before winnow.reduce")
-    seat.now = Moment()
-    seat.now.labels = labels = words.pop("labels", None)
-    if labels is None:
-        return type(model).forward(model, **words)
-    tuple_wanted = words.pop("return_dict", None) is False
-    out: Any = type(model).forward(model, **words, return_dict=True)
-    columns = seat.now.columns
-    beside = {name: words[name] for name in ("num_items_in_batch",) if name in words}
-    loss = model.loss_function(
-        logits=out.logits,
-        labels=labels if columns is None else columns.labels(labels),
-        vocab_size=model.config.get_text_config().vocab_size,
-        **beside,
-    )
-    out = type(out)(**(dict(out.items()) | {"loss": loss}))
-    return out.to_tuple() if tuple_wanted else out
-
-
-def _generate(slot: Slot, *args: Any, **words: Any) -> Any:
-    """`generate`, less what counts columns of the prompt in the cache."""
-    model: Any = slot.module
-    given = words.get("generation_config") or (args[1] if len(args) > 1 else None)
-
-    def wish(name: str) -> Any:
-        found = [words.get(name), getattr(given, name, None), getattr(model.generation_config, name, None)]
-        return next((value for value in found if value is not None), None)
-
-    assisted = (
-        words.get("assistant_model") is not None or wish("prompt_lookup_num_tokens") or wish("assistant_early_exit")
-    )
-    if assisted:
-        raise ValueError(
-            "assisted decoding takes tokens back out of the cache by their number in the prompt, and a reduced model's "
-            "cache holds fewer: leave assistant_model and prompt_lookup_num_tokens out"
-        )
-    if wish("prefill_chunk_size") is not None:
-        raise ValueError("chunked prefill cuts the prompt between image tokens: leave prefill_chunk_size out")
-    if wish("cache_implementation") not in CACHES:
-        raise ValueError(
-            f"cache_implementation={wish('cache_implementation')!r} gives every layer the same room, and a reduced "
-            'model\'s layers hold different numbers of tokens: leave it out, or "offloaded"'
-        )
-    if 0 in getattr(words.get("past_key_values"), MEMORY, {}):
-        raise ValueError(
-            "this cache holds fewer columns than the prompt it was made from, so generate() cannot tell what is new: "
-            "pass the whole conversation without past_key_values"
-        )
-    return type(model).generate(model, *args, **words)
-
-
-def language(slot: Slot, **words: Any) -> Any:
-    """The language model on the columns that are left; a prompt without images goes straight through."""
-    seat: Any = slot.seat
-    llm = slot.module
-    run: Callable[..., Any] = partial(type(llm).forward, llm)
-    past, images = words.get("past_key_values"), seat.now.images
-    seat.now.images = None
-    memory: dict[int, Columns] = getattr(past, MEMORY, {})
-    if images is None and not memory:
-        return run(**words)
-    _check(words, memory)
-    if seat.facts.where == "llm":
-        flow = seat.now.flow = Flow(seat, images, words, memory)
-        out, held = run(**words), flow.finish()
-        seat.now.flow = None
-    else:
-        words, whole = _shorten(seat, images, words, memory)
-        out, held = run(**words), {0: whole}
-    if getattr(out, "past_key_values", None) is not None:
-        setattr(out.past_key_values, MEMORY, held)
-    return out
-
-
-def _check(words: dict[str, Any], memory: dict[int, Columns]) -> None:
-    mask, past, x = words.get("attention_mask"), words.get("past_key_values"), words["inputs_embeds"]
-    if past is not None and past.is_compileable:
-        raise ValueError(
-            "a static cache gives every layer the same room, and a reduced model's layers hold different numbers of "
-            "tokens: use DynamicCache, which is the default"
-        )
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise ValueError(
-            "a reduced model takes an attention_mask of shape [B, L]; a mask of pairs cannot follow the tokens"
-        )
-    for columns in memory.values():
-        if len(columns.index) != len(x):
-            raise ValueError(
-                f"the cache was made for {len(columns.index)} sequences, this call has {len(x)}: "
-                "a reduced model's cache cannot be cut or repeated"
-            )
-
-
-def _shorten(
-    seat: Any, images: Tensor | None, words: dict[str, Any], memory: dict[int, Columns]
-) -> tuple[dict[str, Any], Columns]:
-    """What the language model is given without the empty slots, and the columns it then holds."""
-    x, past = words["inputs_embeds"], words.get("past_key_values")
-    batch, n = x.shape[:2]
-    before = memory.get(0) or Columns.all(batch, past.get_seq_length() if past is not None else 0, x.device)
-    mask, new = words.get("attention_mask"), Columns.all(batch, n, x.device)
-    if images is not None:
-        empty = images & (x == EMPTY).all(-1)
-        x = x.masked_fill(empty.unsqueeze(-1), 0)  # where a row is filled up with one, 0 times infinity would be NaN
-        new = Columns.keeping(~empty, None if mask is None else mask[:, -n:].bool())
-        seat.now.columns = seat.run.columns = new
-    whole = before.then(new)
-    given = words.get("position_ids")
-    if given is None:
-        given = torch.arange(before.seen, before.seen + n, device=x.device)[None]
-    more = seat.vlm.follow(words, new) if seat.vlm.follow else {}
-    return words | more | {
-        "inputs_embeds": take(x, new.index),
-        "attention_mask": whole.mask(mask),
-        "position_ids": _positions(given, new, before, seat.vlm.mrope),
-    }, whole
-
-
-def _positions(given: Tensor, new: Columns, before: Columns, mrope: bool) -> Tensor:
-    given = given[..., given.shape[-1] - new.seen :]  # some hosts pass those of the columns in the cache too
-    if not mrope:
-        return renumbered(given, new, before)
-    held = new.values(given)
-    if held.ndim == 3 and len(held) == 4:  # the first row numbers the text, and a gap there would end a document
-        held = torch.cat([renumbered(given[0], new, before)[None], held[1:]])
-    return held

@@ -28,7 +28,8 @@ class Facts:
     """Token sizes enter later attention as log-size."""
     needs: frozenset[str] = frozenset()
     """Of "keys", "values", "cls_attention", "received", "noise", "training_noise" (in training only), "image";
-    at "tower" also "queries", "cls", "projected", at "llm" "text_attention" (docs/vlm.md)."""
+    at "tower" also "queries", "cls", "projected", "training_projected", "question", and for a token of its own "token" (it
+    reads patches) or "token_read" (patches read it, too); at "llm" "text_attention" (docs/vlm.md)."""
     where: str = "block"
     """"input" resizes the image, "between" acts between blocks, "block" after attention inside a block; in vision-language
     models also "tower", after the encoder, and "llm", between blocks of the language model (docs/vlm.md)."""
@@ -42,6 +43,10 @@ class Facts:
     """In training images keep different numbers of tokens in as many places as shapes give; it marks the padding."""
     unmasked: bool = False
     """Its padding passes for tokens, so no host need skip it: `NormThreshold.seed002()` only."""
+    budgeted: bool = False
+    """How many tokens it keeps is said from outside, with `winnow.budget`."""
+    first: bool = False
+    """Its own token stands in front of all others in the tower, not behind them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,12 @@ class Signals:
     """[B, H, D] its query."""
     cls_k: Tensor | None = None
     """[B, H, D] its key."""
+    budget: int | Tensor | None = None
+    """Tokens to keep, or [B] of them, where `Facts.budgeted`."""
+    token: Tensor | None = None
+    """[B, C] what became of the reducer's own token in the layer that is read."""
+    question: tuple[Tensor, Tensor] | None = None
+    """[B, L, D] embeddings of the prompt in the language model, and [B, L] True on what is asked."""
     text_row: Tensor | None = None
     """[B, H, N] attention the asking rows of the prompt pay to each image token; at "llm" only."""
     seen: Tensor | None = None
@@ -139,6 +150,14 @@ class Method(Spelled, ABC):
         """These settings as far as training sees them: trained weights belong to every method that shares them."""
         return self
 
+    def leaving(self, amount: Any) -> Method:
+        """The same method with that amount left after its last site; TypeError where it has no such setting."""
+        if "keep" not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise TypeError(
+                f"{self} has no setting of how many tokens stay; write its own amounts out, one method for each"
+            )
+        return dataclasses.replace(self, keep=amount)  # type: ignore[type-var]
+
     def check(self, setting: Setting) -> None:
         """ValueError if these settings cannot work on such a model."""
         outside = [layer for layer in self.sites(setting.depth) if not 0 <= layer < setting.depth]
@@ -175,6 +194,8 @@ class Reducer(nn.Module):
     """Mixed into the noise."""
     step: int = 0
     """Training step, mixed into the noise while training."""
+    budget: int | float | Tensor | None = None
+    """What `winnow.budget` says now."""
 
     def __init__(self, method: Method, patches: int | None = None, prefix: int = 0) -> None:
         super().__init__()
@@ -206,6 +227,14 @@ class Reducer(nn.Module):
             for name, value in site.items():
                 by_name.setdefault(name, []).append(value)
         return by_name
+
+    def amounts(self, n: int, images: int, draw: Tensor | None) -> int | Tensor:
+        """Of n tokens so many to keep, or int64 [images] of them; `draw` [images] is uniform in [0, 1), in training."""
+        raise NotImplementedError
+
+    def meet(self, width: int) -> None:
+        """The language model has so many channels; said once, where `Facts.needs` has "question"."""
+        raise NotImplementedError
 
     def look(self, image: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
         """[B, P] what this reducer must know of the image [B, 3, H, W] itself, where `Facts.needs` has "image"."""

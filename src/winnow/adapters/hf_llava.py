@@ -1,4 +1,4 @@
-"""Hugging Face LLaVA: LlavaForConditionalGeneration with a CLIP or SigLIP tower.
+"""Hugging Face LLaVA: LlavaForConditionalGeneration with a CLIP, SigLIP or ViT tower.
 
 Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 2024; transformers 5, modeling_llava.py.
 """
@@ -34,5 +34,6 @@ def host(model: Any) -> Host:
             begin=begin,
             projector=core.multi_modal_projector,
             made=made,
+            place=hf_vision.last_place,
         )
     )

@@ -46,6 +46,7 @@ def host(model: Any) -> Host:
             begin=begin,
             projector=core.multi_modal_projector,
             made=made,
+            place=hf_vision.last_place,
             in_place=True,
             more=(Patch(core, "pack_image_features", _pack), *video),
             inside="cutting padding off its tiles and packing them row by row needs the whole grid",

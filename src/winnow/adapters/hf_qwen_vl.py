@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
-from .. import _vlm
+from .. import _vlm, _vlm_calls
 from .._columns import Columns
 from .._host import Host, Patch
 from .._run import Slot
@@ -66,7 +66,7 @@ def _positions(slot: Slot, *args: Any, **words: Any) -> Tensor | None:
     core: Any = slot.module
     past: Any = words.get("past_key_values")
     found = type(core).compute_3d_position_ids(core, *args, **words)
-    memory = getattr(past, _vlm.MEMORY, {}).get(0)
+    memory = getattr(past, _vlm_calls.MEMORY, {}).get(0)
     if memory is None or words.get("attention_mask") is not None or found is None:
         return found
     return found + (memory.seen - past.get_seq_length())

@@ -1,16 +1,25 @@
 """Vision towers inside Hugging Face's LLaVA-like models: which one, and which of its layers the projector reads.
 
-transformers 5. Towers are those of hf_clip.py and hf_siglip.py.
+transformers 5. Towers are those of hf_clip.py, hf_siglip.py and hf_vit.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .._host import Host, Patch
-from . import hf_clip, hf_siglip
+from torch import Tensor
 
-TOWERS = (hf_clip, hf_siglip)
+from .._host import Host, Patch
+from . import hf_clip, hf_siglip, hf_vit
+
+TOWERS = (hf_clip, hf_siglip, hf_vit)
+
+
+def last_place(embeddings: Any) -> Tensor:
+    """[C] the position that these embeddings add to the last patch."""
+    if hasattr(embeddings, "position_embedding"):
+        return embeddings.position_embedding.weight[-1]
+    return embeddings.position_embeddings[0, -1]
 
 
 def selected(core: Any, config: Any) -> tuple[Host, Patch, int]:
@@ -19,7 +28,7 @@ def selected(core: Any, config: Any) -> tuple[Host, Patch, int]:
     adapter = next((one for one in TOWERS if one.fits(tower)), None)
     if adapter is None:
         raise TypeError(
-            f"{type(tower).__name__} as the vision tower is unknown; CLIPVisionModel and SiglipVisionModel work"
+            f"{type(tower).__name__} as the vision tower is unknown; CLIPVisionModel, SiglipVisionModel and ViTModel work"
         )
     host: Host = adapter.host(tower)
     layer, strategy, cls = config.vision_feature_layer, config.vision_feature_select_strategy, host.setting.cls

@@ -75,6 +75,7 @@ class Case:
             cls_q=heads.mean(2),
             cls_k=heads.flip(-1).mean(2),
             cls=x.mean(1),
+            token=x.mean(1),
             text_row=received[:, None].expand(-1, HEADS, -1),
             noise=noise,
             seen=tokens.ledger.dense(x.detach().float().sum(-1)),

@@ -6,6 +6,7 @@ One file is one method; to add one, see CONTRIBUTING.md.
 from __future__ import annotations
 
 from ..reducer import Method
+from .adaptive_keep import AdaptiveKeep
 from .cd_pruner import CDPruner
 from .curriculum_drop import CurriculumDrop
 from .div_prune import DivPrune
@@ -41,6 +42,7 @@ METHODS: tuple[type[Method], ...] = (
     DivPrune,
     CDPruner,
     VisPruner,
+    AdaptiveKeep,
     FastV,
     PyramidDrop,
     SparseVLM,

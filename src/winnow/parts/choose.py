@@ -46,3 +46,94 @@ def relaxed(logit: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
     edge = math.log((1 - tiny) / tiny)
     soft = ((noise.clamp(tiny, 1 - tiny).logit() + logit.clamp(-edge, edge)) / temperature).sigmoid()
     return soft, (soft > 0.5).to(soft.dtype) - soft.detach() + soft
+
+
+def gumbel(noise: Tensor) -> Tensor:
+    """Gumbel noise of uniform noise in [0, 1)."""
+    tiny = torch.finfo(torch.float32).eps
+    return -(-noise.clamp(tiny, 1 - tiny).log()).log()
+
+
+def masked_gumbel_softmax_topk(
+    logits: Tensor,
+    masks: Tensor,
+    k: int | Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    training: bool = True,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """AdaLLaVA's relaxed choice of k of logits [..., N], none of those where masks [..., N] is not 0.
+
+    hard: 1 for the chosen, else 0, in training with the gradient of the softmax over all. In training `noise` [..., N]
+    (Gumbel) is added; without training neither it nor tau counts. k: one number, or one per row [...].
+    """
+    if isinstance(k, int) and k > logits.shape[-1]:
+        raise ValueError(f"{k} of {logits.shape[-1]} cannot be chosen")
+    taken = masks.bool()
+    z = logits.masked_fill(taken, float("-inf"))
+    if training:
+        z = (z if noise is None else z + noise) / tau
+    soft = z.softmax(-1)
+    if not hard:
+        return soft
+    rank = z.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    chosen = (rank < (k if isinstance(k, int) else k.unsqueeze(-1))).to(soft.dtype)
+    # the difference first: then what is chosen is 1 to the bit
+    return chosen + (soft - soft.detach()) if training else chosen
+
+
+def masked_gumbel_softmax(
+    logits: Tensor,
+    masks: Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    training: bool = True,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The same for one of them."""
+    return masked_gumbel_softmax_topk(logits, masks, 1, tau, hard, training, noise)
+
+
+def n_times_gumbel_softmax(
+    logits: Tensor, n: int | Tensor, tau: float = 1.0, training: bool = True, noise: Tensor | None = None
+) -> Tensor:
+    """n of logits [..., N], one after another; noise [n, ..., N] is fresh in each round. n: one number, or one per row."""
+    counts = torch.as_tensor(n, device=logits.device)
+    rounds = int(counts.max())
+    if rounds > logits.shape[-1]:
+        raise ValueError(f"{rounds} of {logits.shape[-1]} cannot be chosen")
+    found = torch.zeros_like(logits)
+    for at in range(rounds):
+        going, drawn = (at < counts).unsqueeze(-1), None if noise is None else noise[at]
+        one = masked_gumbel_softmax(logits, found.detach() * going, tau, True, training, drawn)
+        found = found + one * going
+    return found
+
+
+def n_times_gumbel_softmax_head_version(
+    logits: Tensor,
+    n: int,
+    r: int,
+    tau: float = 1.0,
+    training: bool = True,
+    noise: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """n times r heads and r MLP groups of one layer: logits [L, 2h], heads first; noise ([n, L * 2h], [n, 2h]).
+
+    Each round picks a cell and so a layer, then of that layer's heads and of its groups r that it has not yet.
+    """
+    found, half = torch.zeros_like(logits), logits.shape[1] // 2
+    for at in range(n):
+        cells, sides = (None, None) if noise is None else (noise[0][at], noise[1][at])
+        cell = masked_gumbel_softmax(logits.flatten(), found.detach().flatten(), tau, True, training, cells)
+        layer = cell.view_as(logits).sum(1)
+        row, has = layer @ logits, layer.detach() @ found.detach()
+        parts = [
+            masked_gumbel_softmax_topk(
+                row[side], has[side], r, tau, True, training, None if sides is None else sides[side]
+            )
+            for side in (slice(half), slice(half, None))
+        ]
+        found = found + layer[:, None] * torch.cat(parts)
+    return found
