@@ -10,7 +10,7 @@ import torch
 
 from winnow.data import open_images
 from winnow.data.scenes import COLOURS, SHAPES, SIZE, covers, patch_objects, scene
-from winnow.measure.objects import objects_of
+from winnow.measure.objects import objects_of, shares
 from winnow.recipes import scenes_vit
 
 
@@ -87,6 +87,15 @@ def test_objects_of_by_hand():
     half = objects_of(np.array([[0, 0, 1, 1, 1, 1]]), objects)
     assert half.purity == pytest.approx(2 / 6)
     assert half.boundary_f1 == pytest.approx(2 * 1 / (1 + 3))
+
+
+def test_coverage_by_hand():
+    owners = np.array([[0, 0, 1, 1, 2, 3], [0, 0, 0, 1, 1, 1], [0, -1, 1, -1, 2, 3], [0, 0, 1, 2, 3, 3]])
+    found = shares(owners, np.array([[0, 0, 1, 1, 2, 0]] * 4))
+    assert found["coverage"][1].tolist() == found["overlap"][1].tolist() == [3] * 4
+    assert found["coverage"][0].tolist() == [3, 0, 2, 2], "an object may lie in several tokens of its own"
+    # the second: patches 2, 3 against 0-2 (1 of 4 either way), patch 4 against 3-5; then half of object 1 at most
+    assert found["overlap"][0] == pytest.approx([3, 2 / 4 + 1 / 3, 2 / 2 + 1, 2 / 2 + 1 / 2])
 
 
 def test_objects_of_does_not_mix_images():

@@ -7,7 +7,7 @@ that was trained with DRIP (`winnow train scenes_drip`, `winnow train drip_tiny1
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from ..data import Images, open_images
 from ..data.batches import batches
 from ..data.scenes import patch_objects
 from ..measure import record
-from ..measure.objects import objects_of
 from ..methods.drip import DRIP
 from ..train.progress import read_log
 from ..train.recipe import Recipe, load_recipe
@@ -33,12 +32,13 @@ from ..view import files
 from ..view.overlay import picture
 from ..view.sheets import photograph
 from . import _drip_figures as figures
+from . import _drip_objects as objects
 
 Say = Callable[[str], object]
 RUNS = Path("runs")
 SHOWN = ("chelsea-0", "coffee-0", "astronaut-0", "rocket-0")
 """Photographs of the pictures: whole, with scikit-image."""
-CELL, MOST, DRAWS, SEED = 224, 500, 100, 42
+CELL, MOST = 224, 500
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,31 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
 def read(folder: Path) -> Trained | None:
     """A run's model with its trained weights; None where it was not trained with DRIP."""
     recipe = load_recipe(folder / "recipe.yaml")
-    part, size = recipe.model, recipe.augment.size
-    loaded = models.load_model(part.name, num_classes=part.num_classes, options=part.options, size=size)
-    if recipe.method:
-        winnow.reduce(loaded.model, parse(recipe.method))
+    loaded = _start(recipe)
     method = winnow.reducer_of(loaded.model).method if is_reduced(loaded.model) else None
     if not isinstance(method, DRIP):
         return None
     loaded.model.load_state_dict(read_weights(folder / "best.safetensors"))
     return Trained(folder.name, recipe, method, loaded, read_log(folder / "log.jsonl"))
+
+
+def untrained(run: Trained) -> Trained:
+    """The run as it began: the model it started from, the predictor as it was built."""
+    part = run.recipe.model
+    return replace(run, loaded=_start(run.recipe, weights=part.weights, pretrained=part.pretrained))
+
+
+def _start(recipe: Recipe, **source: Any) -> models.LoadedModel:
+    part, size = recipe.model, recipe.augment.size
+    loaded = models.load_model(
+        part.name, num_classes=part.num_classes, options=part.options, size=size, seed=recipe.seed, new_head=True, bare=True,
+        **source,
+    )  # fmt: skip
+    if recipe.method:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            winnow.reduce(loaded.model, parse(recipe.method))
+    return loaded
 
 
 @torch.inference_mode()
@@ -152,66 +168,42 @@ def _histogram(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Pa
 
 def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]:
     """On images with object masks: do segments end where objects do, more than even or random ones?"""
-    lines, above = [], {"even": 0, "random": 0}
+    found = {}
     for run in runs:
-        images = _validation(run)
-        mask = images.mask(0)
-        if mask is None or mask.shape != run.loaded.size:  # masks belong to images the model sees as they are
+        if not _masked(run):
             continue
-        seen = look(run, images)
+        images = _validation(run)
+        seen, before = look(run, images), look(untrained(run), images)
         things = np.stack([patch_objects(images.mask(i), seen.grid) for i in range(len(images))])  # type: ignore[arg-type]
-        found = {}
-        for kind, owners in {"learned": seen.owners, **rivals(seen.owners)}.items():
-            low, mid, high = found[kind] = interval(owners, things)
-            purity = objects_of(owners, things).purity
-            lines.append(f"| {run.name} | {kind} | {mid:.3f} ({low:.3f} to {high:.3f}) | {purity:.3f} |")
-        for kind in above:
-            above[kind] += found["learned"][0] > found[kind][2]
-    if not lines:
-        return "", []
-    head = "| run | boundaries | boundary F1 (95 % interval over images) | purity |\n|:--|:--|:--|--:|\n"
-    return OBJECTS.format(table=head + "\n".join(lines), runs=len(lines) // 3, **above), []
+        kinds = {"learned": seen.owners, "untrained": before.owners, **objects.rivals(seen.owners)}
+        found[run.name] = {kind: objects.intervals(owners, things) for kind, owners in kinds.items()}
+    return (objects.section(found), []) if found else ("", [])
 
 
-def rivals(owners: np.ndarray) -> dict[str, np.ndarray]:
-    """Evenly spaced and random segments, as many per image as `owners` [n, P] has; the last patch ends one."""
-    p = owners.shape[1]
-    generator = np.random.default_rng(SEED)
-    even, random = np.empty_like(owners), np.empty_like(owners)
-    for image, k in enumerate(owners.max(1) + 1):
-        even[image] = np.arange(p) * k // p
-        ends = np.zeros(p, int)
-        ends[generator.permutation(p - 1)[: k - 1]] = 1
-        random[image] = np.cumsum(ends) - ends
-    return {"even": even, "random": random}
-
-
-def interval(owners: np.ndarray, things: np.ndarray) -> tuple[float, float, float]:
-    """2.5 %, value and 97.5 % of the boundary F1 over resampled images."""
-    generator = np.random.default_rng(SEED)
-    draws = [generator.integers(0, len(owners), len(owners)) for _ in range(DRAWS)]
-    found = [objects_of(owners[chosen], things[chosen]).boundary_f1 for chosen in draws]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), objects_of(owners, things).boundary_f1, float(high)
+def _masked(run: Trained) -> bool:
+    """Its validation images have object masks, and are seen as they are, not resized or cropped."""
+    mask = _validation(run).mask(0)
+    return mask is not None and mask.shape == run.loaded.size
 
 
 def _pictures(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]:
-    """Per grid: one photograph at every rate side by side, and several photographs at the lowest rate."""
-    images = open_images(wish.data)
-    chosen = [i for i in range(len(images)) if images.key(i) in SHOWN] or list(range(min(len(SHOWN), len(images))))
-    parts, made = [], []
+    """Per grid: one picture at every rate side by side, and several pictures at the lowest rate."""
+    photographs, parts, made = open_images(wish.data), [], []
     for grid in sorted({_grid(run) for run in runs}):
         own = sorted((run for run in runs if _grid(run) == grid), key=lambda run: -run.rate)
+        # what learned on scenes says nothing about photographs
+        images = _validation(own[0]) if _masked(own[0]) else photographs
+        chosen = [i for i in range(len(images)) if images.key(i) in SHOWN] or list(range(min(len(SHOWN), len(images))))
         for label, pairs in {
             "rates": [(run, chosen[0]) for run in own],
-            "photographs": [(own[-1], i) for i in chosen],
+            "images": [(own[-1], i) for i in chosen],
         }.items():
             strips, captions = zip(*(_strip(run, images, i) for run, i in pairs))
             path = out / f"drip-boundaries-{grid[0]}x{grid[1]}-{label}.png"
             made.append(files.write(path, figures.stacked(strips)))
             parts.append(f"![Boundaries]({path.name})\n\n" + "\n".join(f"- {caption}" for caption in captions) + "\n")
-    head = "The photograph, the patches that end a segment, and the segments in their mean colours.\n\n"
-    return "## Boundaries on photographs\n\n" + head + "\n".join(parts), made
+    head = "The picture, the patches that end a segment, and the segments in their mean colours.\n\n"
+    return "## Boundaries in pictures\n\n" + head + "\n".join(parts), made
 
 
 def _grid(run: Trained) -> tuple[int, int]:
@@ -267,14 +259,4 @@ One rate does not fit every image: the expected boundary rate of each validation
 rate, and the bound that `loss="lower_bound"` holds it under, the rate less the standard deviation over the images.
 
 ![Histogram](drip-shares.svg)
-"""
-
-OBJECTS = """## Boundaries and objects
-
-{table}
-
-Boundary F1: changes of segment against changes of object along the raster; purity: share of patches in segments that hold
-only objects or only background. Even and random segments are as many as the learned ones.
-Learned boundaries meet the objects better than random ones in {random} of {runs} runs, and better than even ones in {even}
-(intervals apart).
 """
