@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from winnow._llava import load_llava
 from winnow.data.dialogue import SYSTEM
 from winnow.data.scenes import COLOURS, SHAPES
+from winnow.train import load_recipe
+from winnow.train.loop import train
+from winnow.train.progress import read_log
 
 pytest.importorskip("transformers")
 
@@ -87,3 +93,35 @@ def write_json(folder: Path, images: int = 6, text: int = 2, name: str = "told.j
 def said(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     """LLaVA's turns."""
     return [{"from": role, "value": words} for role, words in turns]
+
+
+TINY = {
+    "task": "instruct", "epochs": 1, "batch": 4, "optim": {"lr": 1e-3, "weight_decay": 0.0}, "eval": {"batch": 3},
+    "log": {"every": 1, "save": 1}, "schedule": {"kind": "constant"},
+}  # fmt: skip
+
+
+def write_recipe(folder: Path) -> Path:
+    """Two steps on the eight conversations of `write_json`, five of them asked."""
+    path = folder / "tiny.yaml"
+    data = {"train": {"path": str(folder / "told.json")}, "val": {"path": str(folder / "told.json"), "split": "[:5]"}}
+    path.write_text(yaml.safe_dump(TINY | {"model": {"name": f"hf:{folder}"}, "data": data}))
+    return path
+
+
+def run(recipe_file: Path, out: Path, *sets: str, **words: Any):
+    """Train on the CPU."""
+    return train(load_recipe(recipe_file, sets), out, device="cpu", **words)
+
+
+def lines(out: Path, event: str = "step") -> list[dict]:
+    """What the run's log says."""
+    return [line for line in read_log(out / "log.jsonl") if line["event"] == event]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Parts whose weights differ."""
+    one, other = (load_llava(f"hf:{path}").model.state_dict() for path in (before, after))
+    differ = {key for key in one if not torch.equal(one[key], other[key])}
+    names = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "llm", "lm_head": "llm"}
+    return {part for name, part in names.items() if any(name in key for key in differ)}

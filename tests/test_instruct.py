@@ -1,31 +1,26 @@
-"""Instruction tuning: which tokens are learned, what stages train, exact resume, and folders that come back whole."""
+"""Instruction tuning: what its stages train, exact resume, two processes as one, and folders that come back whole."""
 
 from __future__ import annotations
 
-import base64
-import json
-from collections import Counter
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from instruct_vlm import SLOTS, WORDS, build, said, write_json
+from instruct_vlm import build, changed, lines, run, write_json, write_recipe
+from safetensors.torch import load_file
 
 import winnow
-from winnow._llava import load_llava, projector_state
-from winnow.data.conversations import IMAGE, Sample, mixed, open_conversations
-from winnow.data.dialogue import IGNORE, SYSTEM, encode, spoken
-from winnow.data.instruct import Grouped
+from winnow._llava import load_llava
+from winnow.data.conversations import IMAGE, open_conversations
 from winnow.tasks.instruct import Instruct, Training
 from winnow.train import load_recipe
-from winnow.train.loop import train
 from winnow.train.progress import read_log
-
-TINY = {
-    "task": "instruct", "epochs": 1, "batch": 4, "optim": {"lr": 1e-3, "weight_decay": 0.0}, "eval": {"batch": 3},
-    "log": {"every": 1, "save": 1}, "schedule": {"kind": "constant"},
-}  # fmt: skip
+from winnow.train.step import Stepper
+from winnow.train.stop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe_file(folder) -> Path:
-    path = folder / "tiny.yaml"
-    data = {"train": {"path": str(folder / "told.json")}, "val": {"path": str(folder / "told.json"), "split": "[:5]"}}
-    path.write_text(yaml.safe_dump(TINY | {"model": {"name": f"hf:{folder}"}, "data": data}))
-    return path
+    return write_recipe(folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,192 +41,12 @@ def llava(folder):
     return load_llava(f"hf:{folder}")
 
 
-def run(recipe_file, out, *sets, **words):
-    return train(load_recipe(recipe_file, sets), out, device="cpu", **words)
-
-
-def lines(out, event="step"):
-    return [line for line in read_log(out / "log.jsonl") if line["event"] == event]
-
-
-# ---- which tokens are learned
-
-SAMPLE = Sample(
-    "s",
-    (("human", f"what colour is this ? {IMAGE}"), ("gpt", "red"), ("human", "what is it ?"), ("gpt", "a blue image")),
-    (lambda: None,),
-)
-
-
-def told(sample, template, processor, longest=99):
-    ids, labels, images = encode(spoken(sample, template, processor), processor.tokenizer, "<image>", SLOTS, longest)
-    words = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
-    assert torch.equal(labels[labels != IGNORE], ids[labels != IGNORE])
-    return list(zip(words, (labels != IGNORE).tolist())), images
-
-
-def learned(text: str) -> list[tuple[str, bool]]:
-    """Words in brackets are learned."""
-    return [(word.strip("[]"), word.startswith("[")) for word in text.split()]
-
-
-def test_vicuna_v1_learns_the_answers_and_what_ends_them(llava):
-    found, images = told(SAMPLE, "vicuna_v1", llava.processor)
-    wanted = (
-        f"{SYSTEM} USER: <image> <image> <image> <image> what colour is this ? ASSISTANT: [red] [</s>] "
-        "USER: what is it ? ASSISTANT: [a] [blue] [image] [</s>]"
-    )
-    assert found == learned(wanted) and images == 1
-
-
-def test_plain_is_the_image_and_its_caption(llava):
-    caption = Sample("c", (("human", f"Describe the image concisely. {IMAGE}"), ("gpt", "a red image ")), SAMPLE.images)
-    found, _ = told(caption, "plain", llava.processor)
-    assert found == learned("<image> <image> <image> <image> [a] [red] [image]")
-    assert spoken(caption, "plain", llava.processor)[-1] == ("a red image\n", True)
-    with pytest.raises(ValueError, match="s: template plain takes one question and one answer, not 4 turns"):
-        spoken(SAMPLE, "plain", llava.processor)
-
-
-def test_the_models_own_template_and_an_end_it_leaves_out(llava):
-    found, _ = told(SAMPLE, "chat", llava.processor)
-    wanted = (
-        "<s> user: <image> <image> <image> <image> what colour is this ? assistant: [red] [</s>] "
-        "user: what is it ? assistant: [a] [blue] [image] [</s>]"
-    )
-    assert found == [(word if word in WORDS else "<unk>", known) for word, known in learned(wanted)]
-
-
-def test_a_template_that_ends_answers_itself_gets_no_second_end(llava, monkeypatch):
-    ended = llava.processor.chat_template.replace("{% endfor %}{% endfor %}", "{% endfor %}</s> {% endfor %}")
-    monkeypatch.setattr(llava.processor, "chat_template", ended)
-    words = [word for word, known in told(SAMPLE, "chat", llava.processor)[0] if known]
-    assert words == ["red", "</s>", "a", "blue", "image", "</s>"]
-
-
-def test_interleaved_text_is_learned_whole_but_for_its_images(llava):
-    sample = Sample("i", (("text", f"hello {IMAGE} there {IMAGE} red"),), SAMPLE.images * 2)
-    found, images = told(sample, "plain", llava.processor)
-    assert found == learned(
-        "[hello] <image> <image> <image> <image> [there] <image> <image> <image> <image> [red] [</s>]"
-    )
-    assert images == 2
-
-
-@pytest.mark.parametrize(
-    ("longest", "ends", "images"),
-    [(4, "hello", 0), (5, "<image>", 1), (6, "<image>", 1), (8, "<image>", 1), (9, "<image>", 2), (10, "red", 2)],
-)
-def test_what_is_cut_is_cut_behind_whole_images(llava, longest, ends, images):
-    sample = Sample("i", (("text", f"hello {IMAGE}{IMAGE} red"),), SAMPLE.images * 2)
-    found, left = told(sample, "plain", llava.processor, longest)
-    assert found[-1][0] == ends and left == images and len(found) <= longest
-    assert sum(word == "<image>" for word, _ in found) == images * SLOTS
-
-
-def test_a_byte_pair_token_that_begins_with_the_space_before_an_answer_is_learned():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "</s>", "ĠUSER", "Ġred", ":", "USER"]
-    merges = [("U", "S"), ("US", "E"), ("USE", "R"), ("Ġ", "USER"), ("r", "e"), ("re", "d"), ("Ġ", "red")]
-    parts = [*words, *"USERred", "Ġ", "US", "USE", "re", "red"]
-    bpe = Tokenizer(models.BPE({word: at for at, word in enumerate(dict.fromkeys(parts))}, merges, unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
-    ids, labels, _ = encode([("USER: ", False), ("red</s>", True)], fast, "<image>", 1, 99)
-    assert fast.convert_ids_to_tokens(ids[labels != IGNORE].tolist()) == ["Ġred", "</s>"]
-
-
-# ---- data
-
-
-def test_llavas_json_is_read_and_counted_by_kind(folder):
-    found = open_conversations(str(folder / "told.json"))
-    assert len(found) == 8 and found[0].pictures()[0].size == (30, 20)
-    assert found.kinds() == {"question": 3, "conversation": 3, "question, text only": 2}
-    assert len(open_conversations(str(folder / "told.json"), "[2:]", 3)) == 3
-    asked = [("0.png", "Describe the image concisely.\n<image>"), ("0.png", "<image>\nWhat do you see happening?")]
-    asked += [(["0.png", "1.png"], "<image> and <image>")]
-    captions = [{"image": image, "conversations": said([("human", words), ("gpt", "a")])} for image, words in asked]
-    (folder / "kinds.json").write_text(json.dumps(captions))
-    kinds = open_conversations(str(folder / "kinds.json")).kinds()
-    assert kinds == {"caption": 1, "detailed description": 1, "question, several images": 1}
-
-
-def test_every_question_of_every_scene_is_a_sample():
-    found = open_conversations("scenes", "val[:16]")
-    assert len(found) == 16 and len({sample.key for sample in found.samples}) == 16
-    assert found[0].turns[1][1] in found.samples[0].turns[1] and found[9].pictures()[0].size == (96, 96)
-    with pytest.raises(ValueError, match="train, val, test"):
-        open_conversations("scenes", "dev")
-
-
-def test_mixtures_repeat_and_take_shares():
-    lists = {name: [Sample(f"{name}{i}", (("human", ""), ("gpt", ""))) for i in range(10)] for name in "abc"}
-    found = [one.key for one in mixed("a+b*2+mine", lists.__getitem__, {"mine": "c@0.5 + a"})]
-    assert (
-        Counter(key[0] for key in found) == {"a": 20, "b": 20, "c": 5} and len({k for k in found if k[0] == "c"}) == 5
-    )
-    assert found == [one.key for one in mixed("a+b*2+mine", lists.__getitem__, {"mine": "c@0.5 + a"})]
-    for wrong in ("a*", "a*0", "a@2", "a++b", "a*2@0.5", ""):
-        with pytest.raises(ValueError, match=r"write NAME, NAME\*2"):
-            mixed(wrong, lists.__getitem__, {})
-
-
-def test_interleaved_lines_place_each_image_before_its_sentence(folder):
-    png = base64.b64encode((folder / "0.png").read_bytes()).decode()
-    infos = [{"image_base64": png, "matched_text_index": 2}, {"image_name": "1.png", "matched_text_index": 0}]
-    rows = [
-        {"text_list": ["one <image>", "two", "three"], "image_info": infos},
-        {"text_list": ["alone"], "image_info": []},
-    ]
-    (folder / "mmc4.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first, second = open_conversations(str(folder / "mmc4.jsonl")).samples
-    assert first.turns == (("text", "<image>one <IMAGE> two<image>three"),) and len(first.pictures()) == 2
-    assert second.turns == (("text", "alone"),) and first.kind == second.kind == "interleaved"
-
-
-@pytest.mark.parametrize(("row", "said_"), [
-    ({"image": "0.png", "conversations": said([("human", "hm"), ("gpt", "a")])}, "1 images and 0 times <image>"),
-    ({"conversations": said([("human", "<image>"), ("gpt", "a")])}, "0 images and 1 times <image>"),
-    ({"image": "no.png", "conversations": said([("human", "<image>"), ("gpt", "a")])}, "no image"),
-    ({"conversations": said([("human", "a"), ("human", "a")])}, "must speak in turn"),
-    ({"conversations": said([("human", "a"), ("dog", "a")])}, "nobody knows who 'dog' is"),
-    ({"text": "a"}, "neither conversations nor text_list"),
-    ([1], "it is a list"),
-])  # fmt: skip
-def test_one_bad_sample_is_refused_in_one_line(folder, row, said_):
-    good = {"conversations": said([("human", "a"), ("gpt", "a")])}
-    (folder / "bad.json").write_text(json.dumps([good, row]))
-    with pytest.raises(ValueError, match="1 of 2 samples cannot be used, the first is sample 2") as error:
-        open_conversations(str(folder / "bad.json"))
-    assert said_ in str(error.value) and "\n" not in str(error.value)
-
-
-def test_batches_are_of_one_modality_and_each_sample_comes_once():
-    words, shown = list(range(50)), [i % 3 > 0 for i in range(50)]
-    seen: list[int] = []
-    for rank in range(2):
-        order = Grouped(words, shown, seed=1, epoch=0, batch=8, rank=rank, world=2)
-        batches = list(order)
-        assert len(order) == len(batches) == 6 and all(len(one) == 4 for one in batches)
-        assert sum(len({shown[i] for i in one}) == 1 for one in batches) >= 5
-        assert all(one == sorted(one, reverse=True) for one in batches)
-        seen += [i for one in batches for i in one]
-        assert list(Grouped(words, shown, seed=1, epoch=0, batch=8, rank=rank, world=2, start=2)) == batches[2:]
-    assert len(set(seen)) == len(seen) == 48
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)  # drawn in test_train.py
 
 
 # ---- stages
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Parts whose weights differ."""
-    one, other = (load_llava(f"hf:{path}").model.state_dict() for path in (before, after))
-    differ = {key for key in one if not torch.equal(one[key], other[key])}
-    names = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "llm", "lm_head": "llm"}
-    return {part for name, part in names.items() if any(name in key for key in differ)}
 
 
 def test_stage_one_moves_the_projector_and_stage_two_the_language_model_too(folder, recipe_file, tmp_path):
@@ -284,20 +96,6 @@ def test_text_alone_costs_nothing_and_is_scored_apart(recipe_file, folder, tmp_p
     assert changed(folder, tmp_path / "run" / "last") == {"llm"}
 
 
-def test_projector_files_of_both_formats_load(folder, tmp_path, llava):
-    state = {key: value + 1 for key, value in llava.model.state_dict().items()}
-    theirs = projector_state(state)
-    assert set(theirs) == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
-    torch.save(theirs, tmp_path / "mm_projector.bin")
-    torch.save({key: value for key, value in state.items() if "projector" in key}, tmp_path / "hf.bin")
-    for name in ("mm_projector.bin", "hf.bin"):
-        loaded = load_llava(f"hf:{folder}", projector=tmp_path / name).model.model.multi_modal_projector
-        assert torch.equal(loaded.linear_1.bias, state["model.multi_modal_projector.linear_1.bias"])
-    torch.save({"a": torch.ones(1)}, tmp_path / "none.bin")
-    with pytest.raises(ValueError, match="holds no projector"):
-        load_llava(f"hf:{folder}", projector=tmp_path / "none.bin")
-
-
 def test_a_reduced_model_is_saved_and_comes_back_with_one_call(folder, recipe_file, tmp_path):
     method = "DRIP(rate=0.5, after=1)"
     run(recipe_file, tmp_path / "run", f"method={method}", "batch=8")
@@ -313,3 +111,76 @@ def test_a_reduced_model_is_saved_and_comes_back_with_one_call(folder, recipe_fi
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     plain = winnow.load_vlm(f"hf:{tmp_path / 'again'}", reduced=False)[1]
     assert not hasattr(plain, "reducer") and not hasattr(winnow.restore(again).config, "winnow")
+
+
+@pytest.mark.parametrize(("text", "said_"), [
+    ("instruct.max_length=9", "told: instruct.max_length=9 cuts every answer off (an image has 4 tokens, i0 "),
+    ("instruct.template=plain", "takes one question and one answer, not 4 turns; use vicuna_v1 or chat"),
+    ("instruct.template=llama", "'plain', 'vicuna_v1' or 'chat'"),
+    ("data.train.path=told.json*two", "write NAME, NAME*2"),
+    ("data.train.path=nowhere.json", "no conversations in nowhere.json"),
+    ("data.train.split=train", "has no split 'train'"),
+    ("batch=9", "batch=9 is more than the 8 training conversations"),
+    ("label_smoothing=0.1", "label_smoothing means nothing for task: instruct"),
+    ("model.name=timm:vit_tiny_patch16_224", "hf:ID_OR_PATH"),
+    ("task=classify", "keys of instruct need task: instruct"),
+    ("instruct.vision_weights=x", "needs the name of a tower"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_training(recipe_file, tmp_path, text, said_):
+    more = ("instruct.pad=false",) if text.startswith("task") else ()
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        run(recipe_file, tmp_path / "run", text, *more)
+    assert said_ in str(error.value) and "\n" not in str(error.value)
+    assert not lines(tmp_path / "run")
+
+
+# ---- exactly
+
+
+NOISY = (
+    "method=DRIP(rate=0.5, after=1)",
+    "instruct.train.vision=true",
+    "instruct.group_by_modality_length=true",
+    "epochs=2",
+)
+
+
+def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monkeypatch):
+    run(recipe_file, tmp_path / "whole", *NOISY)
+    advance = Stepper.advance
+
+    def cut(self, step, *args):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "advance", cut)
+        with pytest.raises(Stopped):
+            run(recipe_file, tmp_path / "cut", *NOISY)
+    assert len(lines(tmp_path / "cut")) == 3
+    run(recipe_file, tmp_path / "cut", *NOISY, resume=True)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_two_processes_are_one(recipe_file, tmp_path):
+    """Batches of one modality and mixed ones, where a process may have text alone; noise, and every part learning."""
+    here = str(Path(__file__).parent)
+    script = f"import sys; from pathlib import Path; sys.path.insert(0, {here!r}); from instruct_vlm import run\n"
+    (tmp_path / "run.py").write_text(script + "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    words = (str(tmp_path / "run.py"), str(recipe_file), str(tmp_path / "both"), *NOISY)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run(recipe_file, tmp_path / "alone", *NOISY)
+    alone, both = (read_log(tmp_path / where / "log.jsonl") for where in ("alone", "both"))
+    assert both[-1]["processes"] == 2
+    for a, b in zip(alone, both, strict=True):
+        if a["event"] == "step":
+            assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=1e-5)
+            assert b["top1"] == a["top1"]
+        if a["event"] == "epoch":
+            assert b["val"] == pytest.approx(a["val"], rel=1e-4) and b["val_tokens"] == a["val_tokens"]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ._hf_model import no_bars
+from ._llava_new import PROJECTORS, new_llava, resized
 from ._vlm_model import load_vlm
 from ._weights import file_hash, fit, read_weights, state_hash, without_reducer
 
@@ -24,6 +25,8 @@ PARTS = ("vision", "projector", "llm", "reducer")
 LLAVA_NAMES = {"0": "linear_1", "2": "linear_2"}
 """Layers of the projector in LLaVA's own files, and in Hugging Face's."""
 PROJECTOR = re.compile(r"(?:^|\.)(?:mm_projector|multi_modal_projector)\.(.+)$")
+BARE = ("weight", "bias")
+"""Names of a linear projector in LLaVA's files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +55,34 @@ class Llava:
         return maker(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def load_llava(spec: str, weights: Path | None = None, projector: Path | None = None) -> Llava:
-    """`hf:ID_OR_PATH` in float32; weights: a whole model's file; projector: one stage's file, in either format.
+def load_llava(
+    spec: str,
+    *,
+    weights: Path | None = None,
+    vision: str | None = None,
+    vision_weights: Path | None = None,
+    projector: str | None = None,
+    layer: int = -2,
+    size: int | None = None,
+    seed: int = 0,
+) -> Llava:
+    """`hf:ID_OR_PATH` in float32; or, where `vision` names a tower, that tower and the language model `spec`.
 
+    weights: a whole model's file; projector: mlp, linear or downsample for a new one, or the file of another run's in
+    either format; layer: the hidden state it reads; size: pixels of the images, the tower's positions are resampled.
     ValueError or FileNotFoundError, one line, where anything is absent or does not fit.
     """
-    processor, model = load_vlm(spec, dtype=torch.float32, reduced=False)
+    new, file = (projector or "mlp", None) if projector in (None, *PROJECTORS) else ("mlp", Path(str(projector)))
+    if vision is not None:
+        words = {"weights": vision_weights, "projector": new, "layer": layer, "seed": seed}
+        processor, model = new_llava(spec, vision, **words)  # type: ignore[arg-type]
+    elif projector in PROJECTORS or vision_weights is not None:
+        raise ValueError(f"{spec} has a tower and a projector: a new one of either needs the name of a tower (vision)")
+    else:
+        processor, model = load_vlm(spec, dtype=torch.float32, reduced=False)
     parts_of(model)
+    if size is not None:
+        resized(processor, model, size)
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise ValueError(
@@ -66,8 +90,8 @@ def load_llava(spec: str, weights: Path | None = None, projector: Path | None = 
         )
     if weights is not None:
         fit(model, without_reducer(model, read_weights(weights)), weights, spec)
-    if projector is not None:
-        read_projector(model, projector)
+    if file is not None:
+        read_projector(model, file)
     hashed = file_hash(weights) if weights is not None else state_hash(model.state_dict())
     made = processor.image_processor(
         images=[Image.new("RGB", size) for size in ((64, 48), (48, 64))], return_tensors="pt"
@@ -103,7 +127,7 @@ def read_projector(model: nn.Module, path: Path) -> None:
     for key, value in read_weights(path.expanduser()).items():
         match = PROJECTOR.search(key)
         if match:
-            first, dot, rest = match[1].partition(".")
+            first, dot, rest = (f"linear.{match[1]}" if match[1] in BARE else match[1]).partition(".")
             found[LLAVA_NAMES.get(first, first) + dot + rest] = value
     if not found:
         raise ValueError(
@@ -119,7 +143,7 @@ def projector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         match = PROJECTOR.search(key)
         if match:
-            first, dot, rest = match[1].partition(".")
+            first, dot, rest = match[1].removeprefix("linear.").partition(".")
             found[f"model.mm_projector.{theirs.get(first, first)}{dot}{rest}"] = value
     return found
 

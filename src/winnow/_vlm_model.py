@@ -1,6 +1,6 @@
 """hf:ID_OR_PATH as a vision-language model with its processor, and what the processor makes of images and questions.
 
-Wolf et al., Transformers, 2020; transformers 5. `hf:scenes` is the small one that ships with Winnow.
+Wolf et al., Transformers, 2020; transformers 5. `hf:scenes` is the small one that ships with Winnow, `hf:scenes-untrained` the same before it has learned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ._save import Trained
 from ._weights import REDUCER
 from .models import one_line, quiet, reachable_hub
 
-SHIPPED = {"scenes": "llava_scenes.hf"}
+UNTRAINED = "scenes-untrained"
+SHIPPED = dict.fromkeys(("scenes", UNTRAINED), "llava_scenes.hf")
 """Names that stand for a folder in `backbones/`."""
 
 
@@ -41,6 +42,8 @@ def is_vlm(spec: str) -> bool:
         return False
     try:
         import transformers
+
+        from . import _llava_projected  # noqa: F401  registers ours with transformers
     except ImportError:
         return False
     name = place(spec)
@@ -60,6 +63,8 @@ def load_vlm(spec: str, *, reduced: bool = True, **words: Any) -> tuple[Any, Any
     name = place(spec)
     try:
         import transformers
+
+        from . import _llava_projected  # noqa: F401  registers ours with transformers
     except ImportError:
         raise ValueError(f'{spec} needs transformers: pip install "winnow-vision[hf]"') from None
     from ._hf_model import no_bars
@@ -68,6 +73,10 @@ def load_vlm(spec: str, *, reduced: bool = True, **words: Any) -> tuple[Any, Any
     with quiet(), no_bars(transformers), reachable_hub():
         processor = one_line(spec, "has no processor that can be read", lambda: made.from_pretrained(name))
         vlm = one_line(spec, "cannot be loaded", lambda: kind.from_pretrained(name, **words))
+        if spec == f"hf:{UNTRAINED}":
+            from .backbones.llava_scenes import forgotten
+
+            vlm = forgotten(vlm)
         signed = vlm.config.__dict__.pop(SIGNED, None)
         state = _reducer(name) if signed and reduced else {}
     processor.tokenizer.padding_side = "left"

@@ -6,7 +6,7 @@ Winnow's own; grouping by modality and length as in LLaVA-1.5 (Liu et al., 2024)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +48,22 @@ class Speech:
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Ids [L], labels [L], pixels of the images that are left; UnreadableImage where one cannot be decoded."""
-        pieces = spoken(sample, self.template, self.processor)
-        image_token = self.processor.image_token
-        ids, labels, left = encode(pieces, self.processor.tokenizer, image_token, self.slots, self.longest)
+        ids, labels, left = self.words(sample)
         return ids, labels, [self.pixels(image) for image in sample.pictures()[:left]]
+
+    def words(self, sample: Sample) -> tuple[Tensor, Tensor, int]:
+        """Ids [L], labels [L], images that are left; ValueError where the template does not fit."""
+        pieces = spoken(sample, self.template, self.processor)
+        return encode(pieces, self.processor.tokenizer, self.processor.image_token, self.slots, self.longest)
+
+    def check(self, conversations: Conversations) -> None:
+        """ValueError unless the template fits and leaves something to learn, by the first few samples."""
+        first = conversations.samples[:TRIES]
+        if not any(bool((self.words(sample)[1] != IGNORE).any()) for sample in first):
+            raise ValueError(
+                f"{conversations.name}: instruct.max_length={self.longest} cuts every answer off (an image has {self.slots} "
+                f"tokens, {first[0].key} {len(replace(self, longest=10**9).words(first[0])[0])} in all); raise it"
+            )
 
 
 class ConversationSet(Dataset):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import winnow
 
 from .._llava import load_llava, parts_of, write_folder
+from .._lora import add_lora, merged
 from .._reduce import is_reduced, seat_of
 from ..data.conversations import Conversations, open_conversations
 from ..data.dialogue import IGNORE
@@ -53,8 +54,8 @@ class Instruct(nn.Module):
         """Every value without dimensions is for the log; top1 is the share of samples whose every token was right."""
         there = pixels[torch.arange(pixels.shape[1], device=ids.device) < images.unsqueeze(1)]
         words: dict[str, Tensor] = {"pixel_values": there} if len(there) else {}
-        if is_reduced(self.model) and "text_attention" in seat_of(self.model).facts.needs:
-            words["labels"] = labels  # the rows right before each answer ask
+        if is_reduced(self.model) and seat_of(self.model).facts.needs & {"text_attention", "question"}:
+            words["labels"] = labels  # the rows right before each answer ask, and what is answered is not asked
         idle = 0.0 if len(there) else self._nothing(pixels)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **words).logits
         wanted = _held(self.model, labels)[:, 1:]
@@ -107,13 +108,18 @@ class Training:
         if len(self.told) < recipe.batch:
             raise ValueError(f"batch={recipe.batch} is more than the {len(self.told)} training conversations")
         weights = None if part.weights is None else part.weights.expanduser()
-        self.llava = llava = load_llava(part.name, weights=weights, projector=extra.projector)
+        self.llava = llava = load_llava(
+            part.name, weights=weights, vision=extra.vision, vision_weights=extra.vision_weights,
+            projector=extra.projector, layer=extra.layer, size=extra.size, seed=recipe.seed,
+        )  # fmt: skip
         self.spec, self.weights, self.model = llava.spec, llava.weights_hash, llava.model
         if recipe.method is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
                 winnow.reduce(self.model, winnow.parse(recipe.method))
-        reducer_weights(self.model, weights)
+        reducer_weights(self.model, weights or extra.vision_weights)
+        if extra.train.llm == "lora":
+            add_lora(self.model, extra.lora_r, extra.lora_alpha, extra.lora_dropout, recipe.seed)
         if recipe.optim.checkpoint:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.module = Instruct(self.model, extra.train.model_dump())
@@ -123,7 +129,8 @@ class Training:
             llava.processor, extra.template, llava.slots, extra.max_length, partial(llava.pixels, pad=extra.pad)
         )
         self.set, self.val = (ConversationSet(one, speech, recipe.seed) for one in (self.told, self.asked))
-        speech(self.told[0])  # a template that does not fit is refused now
+        for one in (self.told, self.asked):
+            speech.check(one)
         tokenizer = llava.processor.tokenizer
         # padded places are masked, so any id will do where the tokenizer has none for them
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -189,7 +196,7 @@ class Training:
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The trained model as a Hugging Face folder that `winnow.load_vlm` opens, reducer and all."""
-        write_folder(self.llava, folder, state)
+        write_folder(self.llava, folder, merged(self.model, state))
 
     def _metrics(self, nll: Tensor, tokens: Tensor, right: Tensor) -> dict[str, float]:
         metrics = {

@@ -101,7 +101,18 @@ class InstructPart(_Part):
     group_by_modality_length: bool = Field(False, description="batches of samples with, or without images")
     images: Path | None = Field(None, description="folder that image names start at; their file's own if left out")
     mixtures: dict[str, str] = Field({}, description="names for mixtures, as in {sft: a.json+b.json*2+c.json@0.5}")
-    projector: Path | None = Field(None, description="start with this projector: Hugging Face's names or LLaVA's")
+    vision: str | None = Field(
+        None, description="make a LLaVA of this tower (hf:ID_OR_PATH, open_clip:NAME) and the language model model.name"
+    )
+    vision_weights: Path | None = Field(None, description="weights of the open_clip tower, as winnow train leaves them")
+    layer: int = Field(-2, description="hidden state of a new LLaVA's tower that its projector reads")
+    projector: str | None = Field(
+        None, description="a new LLaVA's: mlp, linear or downsample; or a file of one, Hugging Face's names or LLaVA's"
+    )
+    size: int | None = Field(None, ge=1, description="pixels of an image's side; the tower's own if left out")
+    lora_r: int = Field(128, ge=1, description="rank of LoRA's matrices")
+    lora_alpha: float = Field(256, gt=0, description="LoRA's scale, as a multiple of its rank's inverse")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout in front of LoRA's matrices")
 
 
 class OptimPart(_Part):
