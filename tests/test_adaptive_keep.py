@@ -17,12 +17,14 @@ from winnow import (
     AdaptiveKeep,
     BudgetEmbedding,
     Exactly,
+    Keep,
     Random,
     VisionEncoderWithBudgetToken,
     VisionTokenController,
 )
 from winnow.checks.case import ready
-from winnow.measure import vlm_macs
+from winnow.compare_vlm import at_budgets
+from winnow.measure import count_macs, vlm_macs
 from winnow.parts.budget import sinusoid, tokens_of
 from winnow.parts.choose import (
     gumbel,
@@ -410,14 +412,25 @@ def test_7_sequences_start_with_the_caller_s(method):
         assert torch.equal(out[:, width : width + 3], steps["input_ids"][:, width:])
 
 
-def test_8_costs_are_counted():
-    """Fewer tokens for projector and language model, one more in the tower: by closed form, class token included."""
-    config = tiny().config
-    plain, some = (vlm_macs(config, k, 8) for k in (N, 6))
-    for method in (AdaptiveKeep(budget_max=6), AdaptiveKeep(budget_max=5, fuse="after", cls=True)):
-        found = vlm_macs(config, method, 8)
-        assert found.prompt_tokens == 6 + 8 and (found.projector, found.prefill) == (some.projector, some.prefill)
-        assert found.total - found.reducer == some.total < plain.total and found.reducer > 0
+@pytest.mark.parametrize("method", VALUES, ids=repr)
+def test_8_costs_are_counted(method):
+    """Of one sample, class and budget token, question and controller included: what is counted is the closed form."""
+    inputs = prompts("llava", (1,))
+    text = int((inputs["input_ids"] != IMAGE).sum())
+    for amount in (1, 6, N):
+        model = winnow.reduce(tiny(), method.leaving(Exactly(amount)))
+        closed = vlm_macs(model.config, winnow.reducer_of(model).method, text)
+        assert closed.prompt_tokens == text + min(N, amount + (method.cls is True))
+        assert count_macs(model, {**inputs, "logits_to_keep": 1}) == pytest.approx(closed.total, rel=1e-9)
+
+
+def test_one_training_serves_every_budget():
+    method = AdaptiveKeep(fuse="after", head="dot")
+    few = method.leaving(Keep(0.125))
+    assert few == AdaptiveKeep(0.125, 0.125, fuse="after", head="dot") and few.trained == method.trained == method
+    assert AdaptiveKeep().trained != method
+    found = at_budgets([method, few, Random(at="tower")], [1, 0.5, 4])
+    assert found[:3] == [method.leaving(Keep(0.5)), method.leaving(Exactly(4)), few] and len(found) == 5
 
 
 # ---- learning

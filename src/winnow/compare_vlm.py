@@ -101,7 +101,7 @@ def _of(prompts: Any, size: int) -> dict[str, Any]:
 
 
 def at_budgets(methods: Sequence[Method], budgets: Sequence[float]) -> list[Method]:
-    """Each method once for each budget, if it has a setting `keep` and that is its default; as it is otherwise.
+    """Each method once for each budget, if it takes one or has a setting `keep`, and that is its default; else as it is.
 
     budgets: shares of the image tokens up to 1 (at which nothing is removed: that is the plain row), whole numbers above.
     """
@@ -109,7 +109,8 @@ def at_budgets(methods: Sequence[Method], budgets: Sequence[float]) -> list[Meth
     out: list[Method] = []
     for method in methods:
         keep = method.__dataclass_fields__.get("keep")  # type: ignore[attr-defined]
-        open_ = amounts and keep is not None and method.keep == keep.default  # type: ignore[attr-defined]
+        open_ = keep is not None and method.keep == keep.default  # type: ignore[attr-defined]
+        open_ = amounts and (open_ or (method.facts.budgeted and method == method.trained))
         out += [method.leaving(amount) for amount in amounts] if open_ else [method]
     return list(dict.fromkeys(out))
 

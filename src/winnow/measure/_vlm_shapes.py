@@ -121,6 +121,14 @@ class Tower:
             total += 4 * n * self.width**2 + 2 * pairs * self.width + self.mlp_matrices * m * self.width * self.mlp
         return total
 
+    def beside(self, read: bool) -> float:
+        """MACs of one more token, up to the block that is read; or, where the others read it, through all of them."""
+        n = self.patches + self.prefix
+        own = 4 * self.width**2 + self.mlp_matrices * self.width * self.mlp
+        if read:
+            return self.depth * (own + 2 * (2 * n + 1) * self.width)
+        return (self.made + 1) * (own + 2 * (n + 1) * self.width)
+
     def project(self, n: int) -> float:
         """MACs of the projector on n patches."""
         return n // self.merge * sum(a * b for a, b in pairwise(self.widths))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .._noise import uniform
 from ..attention import attend
+from ..parts.amount import Exactly, Keep
 from ..parts.budget import SPREAD, BudgetEmbedding, VisionEncoderWithBudgetToken, check_budget, tokens_of
 from ..parts.choose import top
 from ..parts.combine import drop, mask
@@ -28,6 +29,8 @@ from ..ways import compact
 
 __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "VisionTokenController"]
 
+LOWEST, HIGHEST = 0.0625, 1.0
+"""Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": ("encoder", "after"),
     "read": ("one_way", "both"),
@@ -51,8 +54,8 @@ class AdaptiveKeep(Method):
     is 1 + K tokens.
     """
 
-    budget_min: int | float = 0.0625
-    budget_max: int | float = 1.0
+    budget_min: int | float = LOWEST
+    budget_max: int | float = HIGHEST
     fuse: str = "encoder"
     """"encoder": a budget token is one more token of the vision tower's input; "after": it joins behind the tower."""
     read: str = "one_way"
@@ -125,6 +128,14 @@ class AdaptiveKeep(Method):
         if self.head == "index":
             found |= {"count_is_as_promised": "it has one weight per place of one grid, as its author built it"}
         return found
+
+    @property
+    def trained(self) -> Method:
+        return replace(self, budget_min=LOWEST, budget_max=HIGHEST)
+
+    def leaving(self, amount: Keep | Exactly) -> Method:
+        budget = amount.share if isinstance(amount, Keep) else amount.tokens
+        return replace(self, budget_min=budget, budget_max=budget)
 
     def sites(self, depth: int = 0) -> tuple[int, ...]:
         return (0,)
