@@ -178,7 +178,8 @@ class TestOpenClip:
         refused("open_clip has no 'ViT-B-33'; close names: .*ViT-B-3", "open_clip:ViT-B-33")
         refused("no pretrained tag 'x'; .*openai", "open_clip:ViT-B-32/x")
         refused("several pretrained tags", "open_clip:ViT-B-32", pretrained=True)
-        refused("leave num_classes", self.NAME, num_classes=3)
+        refused("leave crop_pct out", self.NAME, crop_pct=0.9)
+        refused("has no drop_path_rate", self.NAME, options={"drop_path_rate": 0.1})
 
 
 @pytest.fixture(scope="module")

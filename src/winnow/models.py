@@ -9,7 +9,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,13 @@ def load_model(
 ) -> LoadedModel:
     """Build `timm:NAME`, the image tower of `open_clip:NAME[/TAG]`, or `hf:ID_OR_PATH`, in evaluation mode, on the CPU.
 
+    An open_clip tower gives features; with num_classes it gets a linear head.
     weights: a .safetensors, .pth, .pt or .bin file; pretrained (or a TAG): the host's own download; neither: random
     weights drawn from `seed`, the global generator untouched. With weights, a TAG only chooses the preprocessing.
     A Hugging Face folder that holds weights brings them.
     size, mean, std, crop_pct replace what the model's own configuration says. options: more arguments of
-    timm.create_model. new_head: weights of another number of classes are taken without these. bare: those of a reduced
-    model are taken without the reducer's.
+    timm.create_model, or sections of open_clip's configuration. new_head: weights of another number of classes are taken
+    without these. bare: those of a reduced model are taken without the reducer's.
     ValueError or FileNotFoundError, one line, for an unknown name, a missing package, or weights that do not fit.
     """
     if weights is not None and pretrained:
@@ -125,7 +126,7 @@ def _load_timm(spec: str, name: str, wish: Wish) -> LoadedModel:
 
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
-        raise ValueError(_unknown(spec, plain, timm.list_models()))
+        raise ValueError(unknown(spec, plain, timm.list_models()))
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
     if tag and tag not in tags:
         raise ValueError(f"{spec}: {plain} has no pretrained tag {tag!r} (there are: {', '.join(tags) or 'none'})")
@@ -154,42 +155,9 @@ def _load_timm(spec: str, name: str, wish: Wish) -> LoadedModel:
 
 
 def _load_open_clip(spec: str, name: str, wish: Wish) -> LoadedModel:
-    try:
-        import open_clip
-    except ImportError:
-        raise ValueError(f'{spec} needs open_clip: pip install "winnow-vision[clip]"') from None
-    plain, _, tag = name.partition("/")
-    if plain not in open_clip.list_models():
-        raise ValueError(_unknown(spec, plain, open_clip.list_models()))
-    if wish.num_classes is not None or wish.crop_pct is not None or wish.options:
-        raise ValueError(
-            f"{spec} is an image tower: it has no classes and crops nothing; leave num_classes, crop_pct, options out "
-            "(timm has the same towers with a head, e.g. timm:vit_base_patch32_clip_224)"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(plain)
-    if (tag and tag not in tags) or (wish.pretrained and not tag):
-        asked = f"no pretrained tag {tag!r}" if tag else "several pretrained tags"
-        raise ValueError(
-            f"{spec}: {plain} has {asked}; write open_clip:{plain}/TAG, TAG one of: {', '.join(tags) or 'none'}"
-        )
-    wish = replace(wish, pretrained=bool(tag) and wish.weights is None)
-    settings: dict[str, Any] = {"force_image_size": wish.size, "load_weights": wish.pretrained}
-    if wish.pretrained:
-        settings |= {"pretrained": tag, "require_pretrained": True}
-    else:  # the text tower is not used: one of a few numbers stands in for it, so that nothing large is drawn
-        settings |= {"text_cfg": {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}}
-    clip = build(spec, wish, lambda: open_clip.create_model(plain, **settings))
-    # without a tag open_clip assumes CLIP's own mean and std, which is wrong for SigLIP and others
-    chosen = dict(clip.visual.preprocess_cfg) | (
-        {} if wish.pretrained else _agreed(open_clip, plain, [tag] if tag else tags)
-    )
-    mean, std = wish.mean or chosen["mean"], wish.std or chosen["std"]
-    size = chosen["size"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    hashed = weigh(spec, clip.visual, wish, lambda state: _tower(open_clip, state, clip))
-    ways = {key: chosen[key] for key in ("interpolation", "resize_mode", "fill_color")}
-    transform = open_clip.image_transform(size, is_train=False, mean=tuple(mean), std=tuple(std), **ways)
-    return LoadedModel(clip.visual.eval(), spec, transform, size, tuple(mean), tuple(std), None, hashed)
+    from ._clip import load_tower
+
+    return load_tower(spec, name, wish)
 
 
 def _load_hf(spec: str, name: str, wish: Wish) -> LoadedModel:
@@ -205,26 +173,6 @@ _HOSTS: dict[str, Callable[[str, str, Wish], LoadedModel]] = {
 }
 
 
-def _agreed(open_clip: Any, name: str, tags: Sequence[str]) -> dict[str, Any]:
-    """The preprocessing that all these tags share."""
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    found = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
-    shared = {key: {str(one.get(key)): one.get(key) for one in found} for key in keys}
-    return {
-        key: next(iter(values.values()))
-        for key, values in shared.items()
-        if len(values) == 1 and None not in values.values()
-    }
-
-
-def _tower(open_clip: Any, state: dict[str, Tensor], clip: nn.Module) -> dict[str, Tensor]:
-    """The image tower's part of a whole CLIP checkpoint, positions resized; a bare tower is taken as it is."""
-    whole = any(key.startswith("visual.") for key in state)
-    state = dict(state) if whole else {f"visual.{key}": value for key, value in state.items()}
-    open_clip.model.resize_pos_embed(state, clip)
-    return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-
-
 def weigh(spec: str, model: nn.Module, wish: Wish, convert: Callable | None = None) -> str | None:
     """Fill `model` from the wished file, if any; the hash of what is in it now."""
     if wish.weights is None:
@@ -238,7 +186,8 @@ def weigh(spec: str, model: nn.Module, wish: Wish, convert: Callable | None = No
     return file_hash(wish.weights)
 
 
-def _unknown(spec: str, name: str, known: Sequence[str]) -> str:
+def unknown(spec: str, name: str, known: Sequence[str]) -> str:
+    """What to say of a name that its host does not know."""
     close = get_close_matches(name, known, n=3, cutoff=0.0)
     host = spec.partition(":")[0]
     return f"unknown model {spec!r}: {host} has no {name!r}; close names: {', '.join(close)}"

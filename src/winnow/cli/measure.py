@@ -51,6 +51,9 @@ def command(
     step: Annotated[
         bool, typer.Option("--step", help="a training step: time, memory, tokens; 9 pairs at --batch")
     ] = False,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="with --step, both towers of an open_clip model and the contrastive loss")
+    ] = False,
     text: Annotated[
         int | None, typer.Option(help="so many prompt tokens beside the image's: the whole vision-language model")
     ] = None,
@@ -86,6 +89,15 @@ def command(
     if convention not in ("mac", "fvcore"):
         raise ValueError(f"--convention {convention}: mac (every multiply-add) or fvcore (as old tables counted)")
     where, run_way = o.device_of(device, threads), o.way_of(way)
+    if pair:
+        from ._measure_pair import measure_pair, parts_line
+
+        if not step:
+            raise ValueError("--pair times a training step of both towers: add --step")
+        rows = measure_pair(model, methods, max(batch or [8]), results=results, seed=seed, device=where,
+                            pretrained=pretrained, weights=weights)  # fmt: skip
+        _said(rows, as_json, lambda row: f"{_step_line(row)}\n{parts_line(row)}")
+        return
     loaded = o.model_of(model, weights, pretrained, seed, bare=True)
     reduce, net = o.reducing(weights, methods), loaded.model.to(where)
     for one in methods:
@@ -157,10 +169,15 @@ def _steps(
             )  # fmt: skip
         record.append(results, row)
         rows.append(row)
-        if not as_json:
-            print(_step_line(row))
+    _said(rows, as_json, _step_line)
+
+
+def _said(rows: Sequence[record.Row], as_json: bool, line: Callable[[record.Row], str]) -> None:
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
+        return
+    for row in rows:
+        print(line(row))
 
 
 def _step_line(row: record.Row) -> str:

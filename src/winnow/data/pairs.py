@@ -1,6 +1,6 @@
-"""Images with captions: webdataset shards, tables of files (CSV, JSON lines, parquet) and the built-in scenes.
+"""Images with captions: webdataset shards, tables of files, COCO's captions, classes named in words, the built-in scenes.
 
-Winnow's own; column names are those that img2dataset and Hugging Face datasets use.
+Winnow's own; columns are named as img2dataset and Hugging Face datasets do. Phrases: Zheng et al., DreamLIP, 2024.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .images import Images, UnreadableImage
-from .readers import _Files, _lengths
+from .readers import _Files, _lengths, open_images
 from .scenes import SPLITS, captions, open_scenes
 from .shards import is_shards, open_shards
-from .training import drawing
+from .training import Decoded, drawing
 
 FILES = ("file", "filepath", "file_name", "image", "image_path", "path")
 TEXTS = ("caption", "text", "title", "TEXT")
 KINDS = (
     "a folder of .tar shards (KEY.jpg, KEY.txt), one .tar, a .csv, .jsonl or .parquet table with a column of files and "
-    "one of captions, or scenes"
+    "one of captions, COCO's captions_NAME.json, a folder of labelled images, or scenes"
 )
+CAPTION = "a photo of a {}."
+"""Of an image that has a class and no caption."""
 TRIES = 16
 """Stand-ins looked for before an image that cannot be decoded ends the run."""
 
@@ -41,6 +43,8 @@ class Pairs:
     images: Images
     caption: Callable[[int], str]
     failures: Sequence[str] = ()
+    shard: np.ndarray | None = None
+    """[n] number of the shard each lies in, where they lie in shards."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,7 +62,8 @@ class Pairs:
 
     def subset(self, rows: Sequence[int]) -> Pairs:
         """Only these, in this order."""
-        return Pairs(self.images.subset(rows), _Picked(self.caption, list(rows)), self.failures)
+        shard = None if self.shard is None else self.shard[list(rows)]
+        return Pairs(self.images.subset(rows), _Picked(self.caption, list(rows)), self.failures, shard)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,12 @@ class _Picked:
         return self.caption(self.rows[i])
 
 
-def open_pairs(spec: str, *, split: str = "", limit: int | None = None, column: str | None = None) -> Pairs:
+def open_pairs(
+    spec: str, *, split: str = "", limit: int | None = None, column: str | None = None, caption: str = CAPTION
+) -> Pairs:
     """Open images with captions; split: a name, [100:] or both as in train[-500:]; limit: at most so many, evenly spaced.
+
+    column: of captions, where a table does not name it as usual. caption: what is said of an image with a class only.
 
     ValueError or FileNotFoundError, one line, where nothing usable is there; single bad samples are `failures`.
     """
@@ -83,6 +92,8 @@ def open_pairs(spec: str, *, split: str = "", limit: int | None = None, column: 
         found = _shards(path, name)
     elif path.is_file():
         found = _table(path, name, column)
+    elif path.is_dir():
+        found = _labelled(spec, name, caption)
     else:
         raise FileNotFoundError(f"no images with captions in {spec}: give {KINDS}")
     rows: Sequence[int] = range(len(found))
@@ -107,6 +118,15 @@ def _scenes(split: str) -> Pairs:
     return Pairs(images, captions(SPLITS[images.split][1], images.split).__getitem__)
 
 
+def _labelled(spec: str, split: str, caption: str) -> Pairs:
+    """The class in words is the caption."""
+    images = open_images(spec, split=split)
+    if images.labels is None or not images.classes:
+        raise ValueError(f"{spec} has neither captions nor named classes: give {KINDS}")
+    said = [caption.format(name.replace("_", " ")) for name in images.classes]
+    return Pairs(images, [said[label] for label in images.labels].__getitem__)
+
+
 def _shards(path: Path, split: str) -> Pairs:
     """All shards of the folder, or of its sub-folder `split`."""
     folder = path / split if split else path
@@ -118,7 +138,7 @@ def _shards(path: Path, split: str) -> Pairs:
     shards = open_shards(files)
     lengths = shards.places[:, 2].tolist()
     images = Images(path.resolve().stem, shards.keys, shards.image, lengths=lengths, split=split)
-    return Pairs(images, shards.caption, shards.failures)
+    return Pairs(images, shards.caption, shards.failures, shards.places[:, 0])
 
 
 def _table(path: Path, split: str, column: str | None) -> Pairs:
@@ -176,13 +196,28 @@ def _unknown(path: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{path} is not a table of images with captions: give {KINDS}")
 
 
-READERS = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+def _coco(path: Path) -> list[dict[str, Any]]:
+    """COCO's captions_NAME.json: images lie in the folder NAME beside it or beside its folder, the first caption counts."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        said = {each["image_id"]: each["caption"] for each in reversed(found["annotations"])}
+        names = {each["id"]: each["file_name"] for each in found["images"]}
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not COCO's captions: it needs images and annotations with captions") from None
+    name = path.stem.removeprefix("captions_")
+    folder = next((here / name for here in (Path(), Path("..")) if (path.parent / here / name).is_dir()), Path())
+    return [{"file": str(folder / file), "caption": said.get(number, "")} for number, file in names.items()]
+
+
+READERS = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".json": _coco}
 
 
 class PairSet(Dataset):
-    """`set[i] -> (pixels [3, H, W], tokens [context], i, failed 0 or 1)`, a function of (seed, epoch, i) alone.
+    """`set[i] -> (pixels [3, H, W], tokens [context], pair, failed 0 or 1)`, a function of (seed, epoch, i) alone.
 
     Where image i cannot be decoded another pair drawn from the same key takes its place, and `failed` says so.
+    phrase: share of the captions of which one phrase, between commas, is told. resample: i is a place in shards that
+    are drawn with replacement, another draw in every epoch.
     """
 
     def __init__(
@@ -191,24 +226,58 @@ class PairSet(Dataset):
         tokenize: Callable[[Sequence[str]], Tensor],
         transform: Callable[[Image.Image], Tensor],
         seed: int,
+        phrase: float = 0.0,
+        resample: bool = False,
     ) -> None:
-        self.pairs, self.tokenize, self.transform, self.seed, self.epoch = pairs, tokenize, transform, seed, 0
+        if resample and pairs.shard is None:
+            raise ValueError(f"data.resample draws shards, and {pairs.images.name} has none: leave it out")
+        self.pairs, self.tokenize, self.transform, self.phrase = pairs, tokenize, transform, phrase
+        self.seed, self.resample = seed, resample
+        self._kept = Decoded(pairs.images)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """What is asked for from now on belongs to this epoch; loaders made before go on with theirs."""
+        self.epoch = epoch
+        self.rows: Sequence[int] | np.ndarray = range(len(self.pairs))
+        if self.resample:
+            assert self.pairs.shard is not None
+            self.rows = drawn(self.pairs.shard, self.seed, epoch)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int, int]:
         others = np.random.default_rng((self.seed, self.epoch, i)).integers(len(self), size=TRIES).tolist()
-        for failed, place in enumerate((i, *others)):
+        row = int(self.rows[i])
+        for failed, place in enumerate((row, *others)):
             try:
-                image, _ = self.pairs.images[place]
+                image, _ = self._kept[place]
             except UnreadableImage as error:
                 why = error
                 continue
             with drawing(self.seed, self.epoch, 0, i):
                 pixels = self.transform(image)
-            return pixels, self.tokenize([self.pairs.caption(place)])[0], i, min(failed, 1)
+            return pixels, self.tokenize([self._said(place, i)])[0], row, min(failed, 1)
         raise why
+
+    def _said(self, place: int, i: int) -> str:
+        """The caption, or one of its phrases."""
+        caption = self.pairs.caption(place)
+        random = np.random.default_rng((self.seed, self.epoch, i, 1))
+        if random.random() >= self.phrase:
+            return caption
+        return str(random.choice(caption.split(", ")))
+
+
+def drawn(shard: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """[n] rows of `shard` [n]: shards drawn with replacement, each whole, as long as there is room."""
+    whole = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.unique(shard, return_counts=True)[1])[:-1])
+    random, rows, n = np.random.default_rng((seed, epoch, 2)), [], 0
+    while n < len(shard):
+        rows.append(whole[random.integers(len(whole))])
+        n += len(rows[-1])
+    return np.concatenate(rows)[: len(shard)]
 
 
 def groups(pairs: Pairs) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from .images import Images
+from .images import Images, UnreadableImage
 
 CACHE_MIB = 1024
 """Decoded images of one size are kept up to this much: all of CIFAR is 147 MiB."""
@@ -110,7 +110,7 @@ class TrainSet(Dataset):
     ) -> None:
         self.images, self.seed, self.epoch = images, seed, 0
         self.transform = augment.transform(size, mean, std)
-        self._kept = _Decoded(images, cache_mib)
+        self._kept = Decoded(images, cache_mib)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -210,16 +210,19 @@ def _randaugment(text: str, size: tuple[int, int], mean: Any, how: Interpolation
     return rand_augment_transform(text, words)
 
 
-class _Decoded:
+class Decoded:
     """`decoded[i] -> (PIL RGB image, label)`, kept as bytes after the first time where all fit into limit_mib.
 
     The memory is shared with forked loader processes, so that what one of them decodes in an epoch is there in the next.
     """
 
-    def __init__(self, images: Images, limit_mib: float) -> None:
+    def __init__(self, images: Images, limit_mib: float = CACHE_MIB) -> None:
         self.images = images
         self.pixels = None
-        width, height = images[0][0].size
+        try:
+            width, height = images[0][0].size
+        except UnreadableImage:  # who asks for it is told
+            return
         shape = len(images), height, width, 3
         if int(np.prod(shape)) <= limit_mib * 2**20:
             self.pixels = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)

@@ -47,11 +47,11 @@ def compare_latency(
     noise = np.random.default_rng(seed)
     ratio, low, high = median_interval(real[:, 0] / real[:, 1], noise)
     null_ratio, null_low, null_high = median_interval(null[:, 0] / null[:, 1], noise)
-    seconds = float(np.median(real[:, 1]))
+    took = float(np.median(real[:, 1]))
     return Latency(
         batch=batch, pairs=pairs, ratio=ratio, low=low, high=high, null=null_ratio, null_low=null_low,
-        null_high=null_high, plain_ms=float(np.median(real[:, 0])) * 1e3, reduced_ms=seconds * 1e3,
-        reducer_share=None if reducer_seconds is None else reducer_seconds / seconds,
+        null_high=null_high, plain_ms=float(np.median(real[:, 0])) * 1e3, reduced_ms=took * 1e3,
+        reducer_share=None if reducer_seconds is None else reducer_seconds / took,
         threads=torch.get_num_threads() if torch.device(device).type == "cpu" else None,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def share(model: nn.Module, module: nn.Module, run: Run, device: Device = "cpu",
         run()
         for _ in range(runs):
             with _stopwatch(module, device) as inside:
-                total = _seconds(run, device)
+                total = seconds(run, device)
             if not inside:
                 raise ValueError(f"run() never called this {type(module).__name__}")
             shares.append(sum(inside) / total)
@@ -109,9 +109,9 @@ def _stopwatch(module: nn.Module, device: Device) -> Iterator[list[float]]:
 
     def leave(*_: Any) -> None:
         _wait(device)
-        seconds = perf_counter() - starts.pop()
+        took = perf_counter() - starts.pop()
         if not starts:
-            inside.append(seconds)
+            inside.append(took)
 
     hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     try:
@@ -129,11 +129,12 @@ def _rounds(plain: Run, reduced: Run, pairs: int, device: Device) -> tuple[np.nd
         both = [(real, (plain, reduced)), (null, (plain, plain))]
         for times, runs in both if i // 2 % 2 == 0 else reversed(both):
             for side in order:
-                times[i, side] = _seconds(runs[side], device)
+                times[i, side] = seconds(runs[side], device)
     return real, null
 
 
-def _seconds(run: Run, device: Device) -> float:
+def seconds(run: Run, device: Device) -> float:
+    """Wall time of run(), the device waited for."""
     _wait(device)
     start = perf_counter()
     run()

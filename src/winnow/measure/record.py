@@ -71,6 +71,8 @@ class Objects(_Part):
     kept: float
     purity: float
     boundary_f1: float
+    boundaries: dict[str, dict[str, tuple[float, float, float]]] = {}
+    """2.5 %, value and 97.5 % over images by figure, of learned boundaries and of as many random and even ones."""
 
 
 class Macs(_Part):
@@ -119,6 +121,8 @@ class Step(_Part):
     mib: float
     plain_macs: float | None = None
     macs: float | None = None
+    parts_ms: dict[str, tuple[float, float]] = {}
+    """Parts of a pair's step, plain and reduced; loss and what waits between them is the rest."""
 
     @property
     def promised(self) -> float | None:

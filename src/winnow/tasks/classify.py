@@ -82,12 +82,13 @@ class Classify(nn.Module):
     """The model with its loss: forward(images, targets) -> {"loss", "task_loss", "top1", "logits", the reducer's}.
 
     targets: classes [B] or soft targets [B, classes]. Label smoothing only while training.
+    freeze: "none"; "backbone" leaves head and reducer to learn; "probe" the head alone, on features as in evaluation.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, frozen: bool = False) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, freeze: str = "none") -> None:
         super().__init__()
-        self.model, self.label_smoothing, self.frozen = model, label_smoothing, frozen
-        if frozen:
+        self.model, self.label_smoothing, self.freeze = model, label_smoothing, freeze
+        if freeze != "none":
             model.requires_grad_(False)
             for part in self._learning():
                 part.requires_grad_(True)
@@ -109,17 +110,17 @@ class Classify(nn.Module):
         return {"loss": loss, **found}
 
     def train(self, mode: bool = True) -> Classify:
-        """A frozen backbone stays in evaluation mode."""
+        """What is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
+        if self.freeze != "none":
             self.model.eval()
             for part in self._learning():
                 part.train(mode)
         return self
 
     def _learning(self) -> list[nn.Module]:
-        """Head and reducer, which learn even where the backbone does not."""
-        reducer = [winnow.reducer_of(self.model)] if is_reduced(self.model) else []
+        """What learns even where the backbone does not."""
+        reducer = [winnow.reducer_of(self.model)] if is_reduced(self.model) and self.freeze == "backbone" else []
         return [self.model.get_classifier(), *reducer]  # type: ignore[operator, list-item]
 
 
@@ -153,7 +154,7 @@ class Training:
         reducer_weights(self.model, part.weights)
         if recipe.optim.checkpoint:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
-        self.module = Classify(self.model, recipe.label_smoothing, recipe.freeze == "backbone")
+        self.module = Classify(self.model, recipe.label_smoothing, recipe.freeze)
         if recipe.compile:
             self.model.compile()
         self.data = record.Data(

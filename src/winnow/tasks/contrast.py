@@ -113,7 +113,7 @@ class Training:
         part, extra = recipe.model, recipe.contrast
         self.recipe = recipe
         self.train_pairs, self.val_pairs = (
-            open_pairs(source.path, split=source.split, limit=source.limit, column=extra.column)
+            open_pairs(source.path, split=source.split, limit=source.limit, column=extra.column, caption=extra.caption)
             for source in (recipe.data.train, recipe.data.val)
         )
         self.val_pairs = self.val_pairs.sound()
@@ -135,7 +135,7 @@ class Training:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.module = Contrast(self.model, extra.loss, recipe.optim.accumulate)
         transform = recipe.augment.transform(clip.size, clip.mean, clip.std)
-        self.set = PairSet(self.train_pairs, clip.tokenize, transform, recipe.seed)
+        self.set = PairSet(self.train_pairs, clip.tokenize, transform, recipe.seed, extra.phrase, recipe.data.resample)
         self.named = None if extra.zeroshot is None else _labelled(extra.zeroshot)
         scored = self.val_pairs.images
         if self.named is not None:
@@ -151,11 +151,11 @@ class Training:
         return len(self.train_pairs) // self.recipe.batch
 
     def batches(self, epoch: int, start: int, place: Place) -> Iterator[Any]:
-        """(images, tokens, indices, failed) of this process, decoded ahead by workers; each pair once an epoch."""
+        """(images, tokens, pairs, failed) of this process, decoded ahead by workers."""
         from ..data.training import Order
 
         recipe = self.recipe
-        self.set.epoch = epoch
+        self.set.set_epoch(epoch)
         order = Order(
             len(self.train_pairs), seed=recipe.seed, epoch=epoch, batch=recipe.batch, rank=place.rank,
             world=place.world, start=start,
