@@ -86,6 +86,7 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
         parts += [text] if text else []
         made += paths
     parts.append(_losses(results.parent / "train.jsonl"))
+    parts.append(_steps(results.parent / "measure.jsonl"))
     return [files.write(out / "drip.md", "\n".join(part for part in parts if part).encode()), *made]
 
 
@@ -239,6 +240,25 @@ def _losses(rows: Path) -> str:
     return "## Rate losses compared\n\n" + head + "\n".join(lines) + "\n" if lines else ""
 
 
+def _steps(rows: Path) -> str:
+    """The table of training steps timed beside the plain model's: the newest row of each model and rate."""
+    newest = {
+        (row.model, row.method): row for row in (record.read(rows) if rows.exists() else [])
+        if row.step is not None and row.task == "step" and isinstance(parse(row.method or "Random()"), DRIP)
+    }  # fmt: skip
+    lines = []
+    for row in newest.values():
+        step = row.step
+        assert step is not None
+        time, promised = step.latency, step.promised or float("nan")
+        lines.append(
+            f"| {row.model} | `{row.method}` | {step.tokens[0]} -> {step.tokens[-1]} | {promised:.2f} | {time.ratio:.2f} "
+            f"({time.low:.2f} to {time.high:.2f}) | {time.ratio / promised:.2f} | {time.null:.2f} | "
+            f"{step.mib / step.plain_mib:.2f} |"
+        )
+    return STEPS.format(table="\n".join(lines), batch=time.batch) if lines else ""
+
+
 HEAD = """# DRIP
 
 Made by `{command}`: the figures of documents 000 and 001, from runs in `runs/` and rows in `results/train.jsonl`.
@@ -259,4 +279,16 @@ One rate does not fit every image: the expected boundary rate of each validation
 rate, and the bound that `loss="lower_bound"` holds it under, the rate less the standard deviation over the images.
 
 ![Histogram](drip-shares.svg)
+"""
+
+STEPS = """## What a training step costs
+
+`winnow measure timm:vit_base_patch32_224 --method "DRIP(rate=0.25)" --step --batch {batch}` and its like: a training step,
+plain and reduced in turn in one process. In training DRIP keeps places for 1.25 times its rate, filled or not. Times faster
+(95 % interval), and its share of what the multiply-adds promise; plain against plain is the noise; memory above weights,
+gradients and optimiser, plain = 1.
+
+| model | method | tokens | MACs promise | times faster | share | plain against plain | memory |
+|:--|:--|--:|--:|--:|--:|--:|--:|
+{table}
 """
