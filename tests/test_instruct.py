@@ -69,7 +69,7 @@ def test_the_loss_is_transformers_own_and_reduced_labels_follow(llava, folder):
     for method in (None, "Random(keep=Exactly(2), at='tower')", "FastV(layer=1, keep=Exactly(2))"):
         if method:
             winnow.reduce(training.model, winnow.parse(method))
-        module = Instruct(training.model, dict.fromkeys(("vision", "projector", "llm", "reducer"), True)).eval()
+        module = Instruct(training.model, dict.fromkeys(("vision", "projector", "llm", "reducer"), True), 4).eval()
         theirs = training.model(
             input_ids=ids, attention_mask=mask, pixel_values=pixels[:, 0][images > 0], labels=labels
         ).loss
@@ -89,10 +89,17 @@ def test_parts_of_a_batch_and_recomputed_blocks_are_the_whole(recipe_file, tmp_p
 
 
 def test_text_alone_costs_nothing_and_is_scored_apart(recipe_file, folder, tmp_path):
-    sets = ("data.train.split='[6:]'", "batch=2", "data.val.split='[4:]'", "method=ToMe(r=1)")
-    run(recipe_file, tmp_path / "run", *sets)
-    (line,), (epoch,) = lines(tmp_path / "run"), lines(tmp_path / "run", "epoch")
-    assert line["grad_norm"] > 0 and epoch["val"]["text_loss"] > 0
+    sets = (
+        "data.train.split='[6:]'",
+        "batch=2",
+        "data.val.split='[4:]'",
+        "method=AdaptiveKeep(text=True)",
+        "eval.before=true",
+    )
+    row = run(recipe_file, tmp_path / "run", *sets, "optim.lr=1e-2")
+    (line,), (epoch,), (before,) = (lines(tmp_path / "run", event) for event in ("step", "epoch", "before"))
+    assert line["grad_norm"] > 0 and 0 < epoch["val"]["text_loss"] < before["val"]["text_loss"]
+    assert row.train.figures["before_text_loss"] == before["val"]["text_loss"]
     assert changed(folder, tmp_path / "run" / "last") == {"llm"}
 
 

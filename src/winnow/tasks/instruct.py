@@ -40,9 +40,9 @@ class Instruct(nn.Module):
     however the batch is split. Of each sample also, for evaluation, [B]: `nll` (summed), `tokens`, `right`.
     """
 
-    def __init__(self, model: nn.Module, learning: Mapping[str, bool | str]) -> None:
+    def __init__(self, model: nn.Module, learning: Mapping[str, bool | str], slots: int) -> None:
         super().__init__()
-        self.model, self.learning = model, dict(learning)
+        self.model, self.learning, self.slots = model, dict(learning), slots
         for name, modules in parts_of(model).items():
             for key, parameter in (named for module in modules for named in module.named_parameters()):
                 wish = self.learning[name]
@@ -85,9 +85,12 @@ class Instruct(nn.Module):
         return self
 
     def _nothing(self, pixels: Tensor) -> Tensor:
-        """0, from a black image that all processes with text alone send through the tower, so that none waits."""
-        features = self.model.get_image_features(pixel_values=pixels.new_zeros(1, *pixels.shape[2:])).pooler_output  # type: ignore[operator]
-        return 0 * torch.cat(list(features)).nan_to_num(neginf=0.0).float().sum()
+        """0, from a black image that a process with text alone sends through the model, so that no other waits for it."""
+        image: int = self.model.config.image_token_id  # type: ignore[union-attr, assignment]
+        ids = torch.full((1, self.slots + 1), image, device=pixels.device)
+        ids[:, -1] = self.model.config.get_text_config().eos_token_id or 0  # type: ignore[union-attr, operator]
+        black = pixels.new_zeros(1, *pixels.shape[2:])
+        return 0 * self.model(input_ids=ids, pixel_values=black, use_cache=False).logits.float().sum()
 
     def _seldom(self) -> Iterator[nn.Parameter]:
         if is_reduced(self.model):
@@ -122,7 +125,7 @@ class Training:
             add_lora(self.model, extra.lora_r, extra.lora_alpha, extra.lora_dropout, recipe.seed)
         if recipe.optim.checkpoint:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.module = Instruct(self.model, extra.train.model_dump())
+        self.module = Instruct(self.model, extra.train.model_dump(), llava.slots)
         self.data = record.Data(name=self.asked.name, split=self.asked.split, n=len(self.asked), hash=self.asked.hash)
         self.notes = [f"{name}: {_counted(one)}" for name, one in (("train", self.told), ("val", self.asked))]
         speech = Speech(

@@ -99,6 +99,8 @@ class Loop:
     def run(self, name: str) -> record.Row:
         """All epochs that are left, then the row."""
         self._introduce()
+        if self.recipe.eval.before and not self.step:
+            self._before()
         done = self.step // self.per_epoch
         if self.step and self.step % self.per_epoch == 0:  # saved after an epoch's last step, before its evaluation
             self.finish(done - 1)
@@ -176,7 +178,7 @@ class Loop:
                 line["val_tokens"] = self.scores.executed
             if self.task.best in train:
                 line["gap"] = train[self.task.best] - line["val"][self.task.best]
-            before = [one["val"][self.task.best] for one in self.history if "val" in one]
+            before = [one["val"][self.task.best] for one in self.history if one["event"] == "epoch" and "val" in one]
             if line["val"][self.task.best] > max(before, default=-math.inf):
                 self._export("best")
         self._note(line, sync=True)
@@ -206,6 +208,14 @@ class Loop:
         )
         for note in self.task.notes:
             self.log.say(note)
+
+    def _before(self) -> None:
+        with self.accelerator.autocast():
+            scores = self.task.evaluate(self.stepper.evaluated, self.place)
+        self._note({"event": "before", "epoch": 0, "step": 0, "val": scores.metrics}, sync=True)
+        self.log.say(
+            "before training: " + "  ".join(f"val {name} {value:.4g}" for name, value in scores.metrics.items())
+        )
 
     def _note(self, line: Line, sync: bool = False) -> None:
         self.history.append(line)

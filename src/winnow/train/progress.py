@@ -111,6 +111,8 @@ def epoch_sentence(line: Line) -> str:
         if name in line.get("val", {}):
             value = line["val"][name]
             parts.append(f"val {name} {value:.4g}" if name == "loss" else f"val {name} {100 * value:.2f} %")
+    if "text_loss" in line.get("val", {}):
+        parts.append(f"text loss {line['val']['text_loss']:.4g}")
     if "gap" in line:
         parts.append(f"gap {100 * line['gap']:+.2f} points")
     parts.append(f"{1e3 * line['step_s']:.1f} ms a step, {line['samples_per_s']:.0f} samples/s")

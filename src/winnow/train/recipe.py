@@ -157,6 +157,7 @@ class EvalPart(_Part):
     batch: int = Field(256, ge=1, description="images at a time, per process")
     every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch always has one")
     crop_pct: float | None = Field(None, gt=0, le=1, description="centre crop; the model's own if left out")
+    before: bool = Field(False, description="also before the first step, to see what training changes")
 
 
 class LogPart(_Part):

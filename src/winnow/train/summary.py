@@ -45,6 +45,7 @@ def training_of(loop: Loop, name: str) -> record.Training:
     last, steps = epochs[-1], epochs[-1]["step"]
     runtime = sum(line["seconds"] for line in epochs)
     val: dict[str, float] = last.get("val", {})
+    before: dict[str, float] = next((line["val"] for line in loop.history if line["event"] == "before"), {})
     tops = [(line["val"]["top1"], -line["epoch"]) for line in epochs if "top1" in line.get("val", {})]
     best, where = max(tops) if tops else (None, 0)
     given = flat(recipe.model_dump(mode="json", exclude_defaults=True))
@@ -58,7 +59,8 @@ def training_of(loop: Loop, name: str) -> record.Training:
         train_top1=last["train"].get("top1"), gap=last.get("gap"),
         tokens=[_mean(list(layer)) for layer in zip(*tokens)] if tokens else None,
         figures={key: value for key, value in last["train"].items() if key not in OWN}
-        | {key: value for key, value in val.items() if key not in SCORES},
+        | {key: value for key, value in val.items() if key not in SCORES}
+        | {f"before_{key}": value for key, value in before.items()},
     )  # fmt: skip
 
 
