@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from conftest import SHARED
 
@@ -112,7 +113,7 @@ def python_exists(name: str) -> bool:
 
 def spelling_exists(span: str) -> bool:
     name, attribute = re.match(r"(\w+)(?:\.(\w+))?\(", span).groups()
-    if name not in winnow.__all__:
+    if name not in winnow.__all__ or issubclass(getattr(winnow, name), torch.nn.Module):
         return any(re.search(rf"^class {name}\b", code, re.M) for code in sources())
     if attribute:
         return hasattr(getattr(winnow, name), attribute)
