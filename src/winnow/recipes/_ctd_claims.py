@@ -36,6 +36,8 @@ THEIRS: dict[str, tuple[tuple[str, str, str, str, str], ...]] = {
 }
 """(name, validation, final train, training time, gap) by table; the document gives no table of schedule shapes."""
 SPEEDUP, PENALTY, ROBUST, SLOWER, CLAIMED = 1.6, 0.7, 1.0, 372 / 343, 0.35
+NOTHING = "no such rows"
+FORMULA = "by its own formula the mean of t^gamma is 1 / (gamma + 1): a larger gamma drops less"
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,19 @@ def claims_of(arms: Sequence[Arm]) -> list[Claim]:
     return found
 
 
+def claims_over(experiments: Sequence[Sequence[Arm]]) -> list[Claim]:
+    """Every claim, each by the longest experiment that has rows for it."""
+    found: dict[str, Claim] = {}
+    for arms in sorted(experiments, key=lambda arms: -arms[0].runs[0].steps):
+        for one in claims_of(arms):
+            if one.words not in found or found[one.words].evidence in (NOTHING, FORMULA):
+                found[one.words] = one
+    return list(found.values())
+
+
 def _both(plain: Arm | None, arm: Arm | None, ask: Callable[[Arm, Arm], Answer]) -> Answer:
     if plain is None or arm is None:
-        return "untested", "no such rows"
+        return "untested", NOTHING
     return ask(plain, arm)
 
 
@@ -83,7 +95,7 @@ Speed = tuple[float, float, float]
 
 def _timed(arm: Arm | None, ask: Callable[[Arm, Speed], Answer]) -> Answer:
     if arm is None:
-        return "untested", "no such rows"
+        return "untested", NOTHING
     if arm.speed is None:
         return "untested", "no steps timed in turn with the plain model's"
     return ask(arm, arm.speed)
@@ -99,15 +111,25 @@ def _faster(arm: Arm, speed: Speed) -> Answer:
 
 
 def _penalty(plain: Arm, arm: Arm) -> Answer:
-    return _above(difference(arm, plain), -PENALTY / 100)
+    return _better(arm, plain, -PENALTY / 100)
 
 
-def _above(found: tuple[float, float, float] | None, limit: float) -> Answer:
+def _better(ours: Arm, theirs: Arm, limit: float = 0.0) -> Answer:
+    """Whether validation top-1 of ours less theirs is above a limit; one seed cannot say."""
+    return _above(difference(ours, theirs), limit, alone=min(len(ours.rows), len(theirs.rows)) < 2)
+
+
+def _above(found: tuple[float, float, float] | None, limit: float, alone: bool = False) -> Answer:
     """Confirmed where the whole interval is above the limit, refuted where it is below."""
     if found is None:
         return "untested", "the rows hold no hits to pair"
     middle, low, high = found
     verdict = "confirmed" if low > limit else "refuted" if high < limit else "untested"
+    if alone:
+        return (
+            "untested",
+            f"{100 * middle:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f} over images), but one seed",
+        )
     more = "" if verdict != "untested" else ": too few images or seeds to tell"
     return verdict, f"{100 * middle:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}){more}"
 
@@ -124,7 +146,7 @@ def _gap(plain: Arm, arm: Arm) -> Answer:
 
 def _share(run: Arm | None) -> Answer:
     if run is None:
-        return "untested", "no such rows"
+        return "untested", NOTHING
     deep = 100 * (1 - run.tokens[-1] / run.tokens[0])
     words = f"{100 * run.drop:.0f} % over all blocks and all of training, {deep:.0f} % after the last block"
     return "refuted" if run.drop > CLAIMED else "confirmed", words
@@ -142,7 +164,7 @@ def _linear(run: Arm, speed: Speed) -> Answer:
 def _inference(drops: Sequence[Arm]) -> Answer:
     counts = [row.counts for arm in drops for row in arm.rows if row.counts]
     if not counts:
-        return "untested", "no such rows"
+        return "untested", NOTHING
     same = all(n == count[0] for count in counts for n in count)
     return "confirmed" if same else "refuted", f"tokens at validation in {len(counts)} runs"
 
@@ -156,20 +178,23 @@ def _of_gamma(arms: Sequence[Arm]) -> list[Claim]:
         "gamma from 1 to 2 varies by less than 1 point",
     )
     if not drops:
-        formula = "by its own formula the mean of t^gamma is 1 / (gamma + 1): a larger gamma drops less"
-        return [Claim(words[0], "refuted", formula), *(Claim(one, "untested", "no such rows") for one in words[1:])]
+        return [Claim(words[0], "refuted", FORMULA), *(Claim(one, "untested", NOTHING) for one in words[1:])]
     share = [f"{arm.method.gamma:g}: {100 * arm.drop:.1f} %" for arm in drops]  # type: ignore[union-attr]
     falls = all(a.drop > b.drop for a, b in pairwise(drops))
     found = [Claim(words[0], "refuted" if falls else "confirmed", "mean drop by gamma " + ", ".join(share))]
-    found.append(Claim(words[1], *_above(difference(drops[0], drops[-1]), 0.0)))
-    inner = [mean(arm.validation) for arm in drops if 1 <= arm.method.gamma <= 2]  # type: ignore[union-attr]
-    range_ = 100 * (max(inner) - min(inner)) if len(inner) > 1 else None
-    if range_ is None:
-        return [*found, Claim(words[2], "untested", "no such rows")]
-    return [
-        *found,
-        Claim(words[2], "confirmed" if range_ < ROBUST else "refuted", f"{range_:.2f} points between means"),
-    ]
+    found.append(Claim(words[1], *_better(drops[0], drops[-1])))
+    inner = [arm for arm in drops if 1 <= arm.method.gamma <= 2]  # type: ignore[union-attr]
+    return [*found, Claim(words[2], *_robust(inner))]
+
+
+def _robust(arms: Sequence[Arm]) -> Answer:
+    if len(arms) < 2:
+        return "untested", NOTHING
+    means = [mean(arm.validation) for arm in arms]
+    spread = 100 * (max(means) - min(means))
+    if min(len(arm.rows) for arm in arms) < 2:
+        return "untested", f"{spread:.2f} points, but one seed"
+    return "confirmed" if spread < ROBUST else "refuted", f"{spread:.2f} points between means"
 
 
 def _of_saliency(arms: Sequence[Arm]) -> list[Claim]:
@@ -177,7 +202,7 @@ def _of_saliency(arms: Sequence[Arm]) -> list[Claim]:
     by = {arm.method.saliency: arm for arm in group if isinstance(arm.method, CurriculumDrop)}
     attention, found = by.get("cls_attention"), []
     for rival in ("gradient", "random"):
-        answer = _both(by.get(rival), attention, lambda theirs, ours: _above(difference(ours, theirs), 0.0))
+        answer = _both(by.get(rival), attention, lambda theirs, ours: _better(ours, theirs))
         found.append(Claim(f"attention is a better saliency than {rival}", *answer))
     slower = _timed(by.get("gradient"), lambda arm, speed: _slower(attention, speed))
     return [*found, Claim(f"gradients cost {100 * (SLOWER - 1):.0f} % more time than attention", *slower)]
