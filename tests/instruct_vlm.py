@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from winnow import load_vlm
 from winnow._llava import load_llava
 from winnow.data.dialogue import SYSTEM
 from winnow.data.scenes import COLOURS, SHAPES
@@ -74,14 +75,27 @@ def build(path: Path) -> Path:
     return path
 
 
-def write_json(folder: Path, images: int = 6, text: int = 2, name: str = "told.json") -> Path:
-    """Questions about images, one conversation without; `images` differ, so do the answers."""
+def halves(folder: Path) -> None:
+    """The model of `folder` as a tower and a language model in folders of their own, as a first stage finds them."""
+    import transformers as hf
+
+    processor, model = load_vlm(f"hf:{folder}")
+    model.model.vision_tower.save_pretrained(folder / "tower")
+    processor.image_processor.save_pretrained(folder / "tower")
+    text = hf.LlamaForCausalLM(model.config.text_config)
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.save_pretrained(folder / "llm")
+    tokenizer().save_pretrained(folder / "llm")
+
+
+def write_json(folder: Path, images: int = 6, text: int = 2, name: str = "told.json", rounds: int = 2) -> Path:
+    """Questions about images (`rounds` about every other one) and some without; `images` differ, so do the answers."""
     random = np.random.default_rng(0)
     rows = []
     for i in range(images):
         Image.fromarray(random.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         turns = [("human", "<image>\nwhat colour is this ?"), ("gpt", ("red", "blue", "red and blue")[i % 3])]
-        turns += [("human", "what is the image ?"), ("gpt", "it is red")] if i % 2 else []
+        turns += [("human", "what is the image ?"), ("gpt", "it is red")] if i % 2 and rounds > 1 else []
         rows.append({"id": f"i{i}", "image": f"{i}.png", "conversations": said(turns)})
     for i in range(text):
         rows.append({"id": f"t{i}", "conversations": said([("human", "hello there"), ("gpt", "hello " * (i + 1))])})

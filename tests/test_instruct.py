@@ -61,8 +61,8 @@ def test_stage_one_moves_the_projector_and_stage_two_the_language_model_too(fold
     assert {"loss", "grad_norm", "lr", "lm_loss", "top1"} <= set(lines(tmp_path / "two")[0])
 
 
-def test_the_loss_is_transformers_own_and_reduced_labels_follow(llava, folder):
-    training = Training(load_recipe(folder / "tiny.yaml"))
+def test_the_loss_is_transformers_own_and_reduced_labels_follow(recipe_file):
+    training = Training(load_recipe(recipe_file))
     batch = training.joined([training.set[i] for i in range(4)])
     inputs = training.inputs(batch, 0, torch.device("cpu"))
     ids, mask, labels, pixels, images = inputs[:5]

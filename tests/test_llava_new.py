@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from instruct_vlm import WORDS, build, changed, lines, run, tokenizer, write_json, write_recipe
+from instruct_vlm import WORDS, build, changed, halves, lines, run, write_json, write_recipe
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,19 +67,9 @@ def test_projector_files_of_both_formats_load(folder, tmp_path, llava):
 
 
 @pytest.fixture(scope="module")
-def apart(folder, tmp_path_factory) -> Path:
-    """The model's tower and language model in folders of their own, as a first stage finds them."""
-    import transformers as hf
-
-    path = tmp_path_factory.mktemp("apart")
-    processor, model = winnow.load_vlm(f"hf:{folder}")
-    model.model.vision_tower.save_pretrained(path / "tower")
-    processor.image_processor.save_pretrained(path / "tower")
-    text = hf.LlamaForCausalLM(model.config.text_config)
-    text.model.load_state_dict(model.model.language_model.state_dict())
-    text.save_pretrained(path / "llm")
-    tokenizer().save_pretrained(path / "llm")
-    return path
+def apart(folder) -> Path:
+    halves(folder)
+    return folder
 
 
 @pytest.mark.parametrize(("projector", "slots"), [("mlp", 4), ("linear", 4), ("downsample", 1)])

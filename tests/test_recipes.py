@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import instruct_vlm
 import open_clip
 import pytest
 import timm
@@ -15,7 +17,7 @@ import winnow
 import winnow.backbones  # registers ours with timm
 from winnow import CurriculumDrop
 from winnow.models import load_model
-from winnow.train import load_recipe
+from winnow.train import Recipe, load_recipe
 from winnow.train.loop import train
 from winnow.train.progress import read_log
 from winnow.train.recipe import SHIPPED
@@ -43,14 +45,37 @@ SMALL_TOWER = (
 )
 
 
+@pytest.fixture(scope="module")
+def small_llava(tmp_path_factory) -> Callable[[Recipe], tuple[str, ...]]:
+    """Settings that put a tiny LLaVA, or its two halves, and eight conversations in place of a recipe's own."""
+    folder = tmp_path_factory.mktemp("llava")
+    instruct_vlm.build(folder)
+    instruct_vlm.halves(folder)
+    told = instruct_vlm.write_json(folder, rounds=1)
+    data = (f"data.train={{path: {told}}}", f"data.val={{path: {told}, split: '[4:]'}}", "instruct.images=null")
+
+    def settings(recipe: Recipe) -> tuple[str, ...]:
+        new = recipe.instruct.vision is not None
+        name = (
+            (f"model.name=hf:{folder}/llm", f"instruct.vision=hf:{folder}/tower")
+            if new
+            else (f"model.name=hf:{folder}",)
+        )
+        return (*data, *name, *SMALL[2:6], "log.every=1")
+
+    return settings
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps(name, tmp_path, monkeypatch):
+def test_two_steps(name, tmp_path, monkeypatch, request):
     monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)  # drawn in test_train.py
     whole = load_recipe(name)
     stem = "model.options.stem=[8, 8]" if "hybrid" in whole.model.name else "model.options.patch_size=8"
     small = SMALL_CLIP if whole.task == "contrast" else (*SMALL, stem)
     if whole.task == "classify" and whole.model.name.startswith("open_clip:"):
         small = SMALL_TOWER
+    if whole.task == "instruct":
+        small = request.getfixturevalue("small_llava")(whole)
     row = train(load_recipe(name, small), tmp_path / "run", name=name, device="cpu")
     lines = read_log(tmp_path / "run" / "log.jsonl")
     losses = [line["loss"] for line in lines if line["event"] == "step"]
@@ -70,11 +95,15 @@ def test_the_header_says_cost_expectation_and_command(name):
         assert word in header
     assert f"Command: winnow train {name} " in f"{header} "
     host, _, known = recipe.model.name.partition(":")
-    assert timm.is_model(known.partition(".")[0]) if host == "timm" else known in open_clip.list_models()
+    known_to = {
+        "timm": lambda: timm.is_model(known.partition(".")[0]),
+        "open_clip": lambda: known in open_clip.list_models(),
+    }
+    assert known_to.get(host, lambda: host == "hf" and recipe.task == "instruct")()
     for spelled in re.findall(r'"method=([^"]+)"', header):
         winnow.parse(spelled)
     for other in re.findall(r"winnow train (\w+)", header) + re.findall(
-        r"`((?:ctd|cifar|clip|scenes|vit|drip)\w+)`", header
+        r"`((?:ctd|cifar|clip|scenes|vit|drip|llava|vila)\w+)`", header
     ):
         assert other in NAMES
 
