@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from instruct_vlm import SLOTS, WORDS, build, said, write_json
 
 from winnow._llava import load_llava
+from winnow.cli import main
 from winnow.data.conversations import IMAGE, Sample, mixed, open_conversations
 from winnow.data.dialogue import IGNORE, SYSTEM, encode, spoken
 from winnow.data.instruct import Grouped
@@ -197,3 +201,51 @@ def test_batches_are_of_one_modality_and_each_sample_comes_once():
         seen += [i for one in batches for i in one]
         assert list(Grouped(words, shown, seed=1, epoch=0, batch=8, rank=rank, world=2, start=2)) == batches[2:]
     assert len(set(seen)) == len(seen) == 48
+
+
+# ---- the command
+
+
+def cli(*words: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["winnow", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+    return done.value.code
+
+
+def test_captions_of_every_kind_become_conversations(folder, tmp_path, capsys):
+    said_ = {"0.png": "a red image", "1.png": "a blue image", "no.png": "gone"}
+    rows = "".join(f"{folder / name},{caption}\n" for name, caption in said_.items())
+    (tmp_path / "table.csv").write_text("file,caption\n" + rows)
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, data in (("7.png", (folder / "0.png").read_bytes()), ("7.txt", b"a red image")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    coco = {
+        "images": [{"id": 3, "file_name": str(folder / "1.png")}],
+        "annotations": [{"image_id": 3, "caption": "blue"}],
+    }
+    (tmp_path / "captions_x.json").write_text(json.dumps(coco))
+    wanted = {"table.csv": ["a red image", "a blue image"], "00000.tar": ["a red image"], "captions_x.json": ["blue"]}
+    for source, captions in wanted.items():
+        out = tmp_path / "made" / f"{source}.json"
+        assert cli("data", "captions2llava", str(tmp_path / source), str(out), "--seed", "1") == 0
+        found = open_conversations(str(out))
+        assert [sample.turns[1][1] for sample in found.samples] == captions and set(found.kinds()) == {"caption"}
+        assert all(sample.pictures()[0].size == (30, 20) for sample in found.samples)
+        assert cli("data", "captions2llava", str(tmp_path / source), str(tmp_path / "again.json"), "--seed", "1") == 0
+        again = open_conversations(str(tmp_path / "again.json"))
+        assert [one.turns for one in again.samples] == [one.turns for one in found.samples]
+    said_out = capsys.readouterr()
+    assert "2 conversations in" in said_out.out and "no.png is not there" in " ".join(said_out.err.split())
+    assert (tmp_path / "made" / "00000.tar_images" / "00000" / "7.png").read_bytes() == (folder / "0.png").read_bytes()
+
+
+def test_conversations_are_counted_by_kind(folder, capsys):
+    assert cli("data", "count", str(folder / "told.json"), "--json") == 0
+    wanted = {"question": 3, "conversation": 3, "question, text only": 2}
+    assert json.loads(capsys.readouterr().out) == {"samples": 8, "kinds": wanted}
+    assert cli("data", "count", f"{folder / 'told.json'}*2") == 0
+    assert "16  in all" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,8 @@ from .llava_eval.answers import whole
 IMAGE = "<image>"
 """What stands for an image in the words of every format read here."""
 KINDS = (
-    "a .json or .jsonl file of LLaVA's conversations or of interleaved texts, scenes, or a mixture as in a+b*2+c@0.5"
+    "a .json or .jsonl file of LLaVA's conversations or of interleaved texts, scenes, scene_dialogues, "
+    "or a mixture as in a+b*2+c@0.5"
 )
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 MOST_IMAGES = 6
@@ -61,6 +62,8 @@ class Sample:
     turns: tuple[tuple[str, str], ...]
     """("human" | "gpt", words), or one ("text", words) to be learned whole; `IMAGE` stands where an image is seen."""
     images: tuple[Callable[[], Image.Image], ...] = ()
+    mask: Callable[[], np.ndarray] | None = None
+    """uint8 [H, W] 1 where the only image shows what is asked about, where that is known."""
 
     @property
     def words(self) -> int:
@@ -128,7 +131,7 @@ def open_conversations(
     ValueError or FileNotFoundError, one line, before anything is trained, where a single sample is not as it must be.
     """
     name, bracket, rest = split.partition("[")
-    if name and not re.search(r"\bscenes\b", " ".join((path, *(mixtures or {}).values()))):
+    if name and not re.search(rf"\b({'|'.join(BUILT_IN)})\b", " ".join((path, *(mixtures or {}).values()))):
         raise ValueError(f"{path} has no split {name!r}: give train, val or test for scenes, [:100] for files")
     found = mixed(path, partial(_open, split=name, images=images), mixtures or {})
     rows: Sequence[int] = range(len(found))
@@ -143,6 +146,17 @@ def open_conversations(
     if not rows:
         raise ValueError(f"{path} {split}: none of {len(found)} conversations is left")
     return Conversations(_name(path), [found[i] for i in rows], split)
+
+
+def are_conversations(spec: str) -> bool:
+    """`spec` names a file of conversations or of interleaved texts, or a mixture."""
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        return bool(set(spec) & set("+*@"))
+    if path.suffix not in (".json", ".jsonl"):
+        return False
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return re.search(r'"(conversations|text_list)"\s*:', file.read(2**16)) is not None
 
 
 def mixed(text: str, read: Callable[[str], list[Sample]], names: Mapping[str, str]) -> list[Sample]:
@@ -174,8 +188,8 @@ def mixed(text: str, read: Callable[[str], list[Sample]], names: Mapping[str, st
 
 
 def _open(spec: str, split: str, images: str | Path | None) -> list[Sample]:
-    if spec == "scenes":
-        return _scenes(split)
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](split)
     path = Path(spec).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no conversations in {spec}: give {KINDS}")
@@ -257,15 +271,36 @@ def _decoded(text: str) -> Image.Image:
 
 
 def _scenes(split: str) -> list[Sample]:
-    """Eight questions about each scene, each about one object."""
-    seed = scenes.seed_of(split)
-    return [
-        Sample(
-            f"scene {i}: {question}", (("human", f"{IMAGE}\n{question}"), ("gpt", answer)), (partial(_drawn, seed, i),)
-        )
-        for i, asked in enumerate(scenes.questions(split))
-        for question, answer in asked
-    ]
+    """Eight questions about each scene, each about one object; all scenes are asked one before any is asked a second."""
+    seed, asked = scenes.seed_of(split), scenes.questions(split)
+    found = []
+    for turn in range(len(asked[0])):
+        for i, pairs in enumerate(asked):
+            at = (i + turn) % len(pairs)  # the first pair of each scene is about its triangle
+            one = _asked(f"scene {i}: {pairs[at][0]}", seed, i, [pairs[at]])
+            found.append(replace(one, mask=partial(_mask, seed, i, at)))
+    return found
+
+
+def _dialogues(split: str) -> list[Sample]:
+    """The same questions, those about one scene in one conversation, in an order of its own."""
+    seed, asked = scenes.seed_of(split), scenes.questions(split)
+    orders = [np.random.default_rng((seed, i)).permutation(len(pairs)) for i, pairs in enumerate(asked)]
+    return [_asked(f"scene {i}", seed, i, [pairs[at] for at in orders[i]]) for i, pairs in enumerate(asked)]
+
+
+def _asked(key: str, seed: int, i: int, pairs: Sequence[tuple[str, str]]) -> Sample:
+    """Questions and answers about scene i, the image in front of the first."""
+    turns = [turn for question, answer in pairs for turn in (("human", question), ("gpt", answer))]
+    turns[0] = ("human", f"{IMAGE}\n{turns[0][1]}")
+    return Sample(key, tuple(turns), (partial(_drawn, seed, i),))
+
+
+BUILT_IN: dict[str, Callable[[str], list[Sample]]] = {"scenes": _scenes, "scene_dialogues": _dialogues}
+
+
+def _mask(seed: int, i: int, thing: int) -> np.ndarray:
+    return (scenes.scene(seed, i).mask == thing + 1).astype(np.uint8)
 
 
 def _drawn(seed: int, i: int) -> Image.Image:
@@ -278,7 +313,7 @@ def _pixels(seed: int, i: int) -> np.ndarray:
 
 
 def _name(path: str) -> str:
-    return path if path == "scenes" or set(path) & set("+*@") else Path(path).stem
+    return path if path in BUILT_IN or set(path) & set("+*@") else Path(path).stem
 
 
 __all__ = ["Conversations", "Sample", "UnreadableImage", "mixed", "open_conversations"]

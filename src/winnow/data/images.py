@@ -9,6 +9,8 @@ import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,6 +76,15 @@ class Images(Dataset):
         """Short id of image i, such as its file name."""
         return self._keys[i]
 
+    def raw(self, i: int) -> Path | bytes:
+        """The file image i is in, or its bytes where it is in none of its own; UnreadableImage names a broken one."""
+        try:
+            with self._read(self._places[i]) as image:
+                opened: Any = image
+                return Path(opened.filename) if getattr(opened, "filename", "") else opened.fp.getvalue()
+        except _BROKEN as error:
+            raise _unreadable(f"{self.name}: {self._keys[i]}", error) from None
+
     def credit(self, i: int) -> str:
         """Author and licence of image i; empty where the data does not say."""
         return "" if self._credits is None else self._credits[i]
@@ -109,8 +120,12 @@ def upright(read: Callable[[], Image.Image], what: str) -> Image.Image:
         with read() as image:
             return _rgb(ImageOps.exif_transpose(image))
     except _BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"{what} cannot be decoded ({reason}); replace the file or leave it out") from None
+        raise _unreadable(what, error) from None
+
+
+def _unreadable(what: str, error: BaseException) -> UnreadableImage:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UnreadableImage(f"{what} cannot be decoded ({reason}); replace the file or leave it out")
 
 
 def check_labels(images: Images, num_classes: int) -> None:
