@@ -84,8 +84,8 @@ def _images(arm: Arm) -> int:
 
 
 def _tokens(counts: Sequence[float]) -> str:
-    """After each block."""
-    return " ".join(f"{n:.3g}" for n in counts[1:]) or "all"
+    """Entering each block."""
+    return " ".join(f"{n:.3g}" for n in counts[:-1]) or "all"
 
 
 def spread(values: Sequence[float], n: int) -> str:
@@ -213,7 +213,7 @@ results/clip.jsonl --out docs` writes it again from these rows. Documents 000 an
 """
 
 INTERVALS = """Mean ± standard deviation over the seeds, in percent, and a 95 % interval: which images and which seeds, added
-as variances. Tokens are those after each block. PatchDropout acts in training only and is judged with every patch.
+as variances. Tokens are those that enter each block. PatchDropout acts in training only and is judged with every patch.
 """
 
 BOUNDARIES = """## Boundaries and objects
