@@ -104,7 +104,14 @@ class Host:
     seat: Callable[[Host, Reducer, Way], Seat] | None = None
     """The kind of seat, where it is not the usual one."""
 
-    def serving(self, facts: Facts) -> Host:
+    whole: Callable[[Facts], Host] | None = None
+    """The host on which a method acts inside a tower and each patch gets its token back before the whole grid is needed."""
+
+    def serving(self, facts: Facts, expand: bool = False) -> Host:
         """This host, or the one for the part of the model a method acts in; TypeError if it cannot be served there."""
+        if expand:
+            if self.whole is None:
+                raise TypeError(f"expand=True is for towers of vision-language models; {self.family}: leave it out")
+            return self.whole(facts)
         make = self.elsewhere.get(facts.where)
         return self if make is None else make(facts)

@@ -39,16 +39,18 @@ SIGNED = "winnow"
 """Field of a Hugging Face configuration that says how the model is reduced, so that `save_pretrained` keeps it."""
 
 
-def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None = None) -> Model:
+def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None = None, expand: bool = False) -> Model:
     """Put `method` into the model, in place; returns the model.
 
     way: "auto", "static", "masked" or Padded(16). blocks: dotted path of the list of blocks, for models of no known
-    family. TypeError / ValueError, before anything is touched, where model and method do not fit; says what would.
+    family. expand: only inside the tower of a vision-language model; behind it every patch has its token again, so that
+    what needs the whole grid works, and the language model reads as many as before. TypeError / ValueError, before
+    anything is touched, where model and method do not fit; says what would.
     """
     if not isinstance(method, Method):
         raise TypeError(f"reduce() needs a method such as ToMe(r=8), got {method!r}; winnow.parse() reads spellings")
     _check_free(model)
-    host = host_of(model, blocks).serving(method.facts)
+    host = host_of(model, blocks).serving(method.facts, expand)
     _check_fit(model, host, method)
     way = check_way(way, method.facts, repr(method))
     if way not in ("auto", "static") and "padding" not in host.offers:
@@ -69,7 +71,7 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
             own = getattr(type(patch.module), patch.name).__get__(patch.module)
             patch.module.__dict__[patch.name].__signature__ = inspect.signature(own)
     if hasattr(model, "save_pretrained"):
-        setattr(model.config, SIGNED, {"method": repr(method), "way": str(way)})
+        setattr(model.config, SIGNED, {"method": repr(method), "way": str(way), **({"expand": True} if expand else {})})
     return model
 
 
@@ -85,9 +87,11 @@ def restore(model: Model) -> Model:
 
 
 @contextmanager
-def reduced(model: Model, method: Method, way: Way = "auto", blocks: str | None = None) -> Iterator[Model]:
+def reduced(
+    model: Model, method: Method, way: Way = "auto", blocks: str | None = None, expand: bool = False
+) -> Iterator[Model]:
     """`reduce` on entry, `restore` on exit."""
-    reduce(model, method, way, blocks)
+    reduce(model, method, way, blocks, expand)
     try:
         yield model
     finally:

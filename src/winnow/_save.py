@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -106,9 +106,9 @@ class Trained:
         """They were trained for this method."""
         return self.method is not None and method.trained == self.method.trained
 
-    def reduce(self, model: Model, method: Method, way: Way = "auto") -> Model:
+    def reduce(self, model: Model, method: Method, way: Way = "auto", **words: Any) -> Model:
         """`winnow.reduce`, with these weights where they are the method's."""
-        reduce(model, method, way)
+        reduce(model, method, way, **words)
         try:
             return self.fill(model) if self.of(method) else model
         except ValueError:

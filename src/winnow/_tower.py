@@ -57,6 +57,12 @@ def project(slot: Slot, features: Tensor) -> Tensor:
     return slots(y, tokens.ledger, seat.vlm.in_place)
 
 
+def spread(slot: Slot, features: Tensor, made: int) -> Tensor:
+    """The projector on every patch [I, P, C], each with the features of the token that holds it."""
+    ledger = slot.seat.run.tokens[made].ledger
+    return type(slot.module).forward(slot.module, ledger.dense(features))  # type: ignore[attr-defined]
+
+
 def reduced_features(slot: Slot, *args: Any, **words: Any) -> Any:
     """`get_image_features` of a host whose tower merges patches: what comes out is reduced, images of one size together."""
     seat: Any = slot.seat

@@ -17,11 +17,13 @@ from ._columns import Columns
 from ._decoder import decode
 from ._host import Host, Patch
 from ._run import Seat, Slot
-from ._tower import look, project, reduced_features
+from ._tower import look, project, reduced_features, spread
 from ._vlm_calls import Moment, forward, generate, language
 from .reducer import Facts, Reducer, Setting
 from .ways import Way
 
+INSIDE = ("block", "between", "input")
+"""Where a method acts inside the tower."""
 SIGNALS = frozenset("queries keys values cls_attention received".split())
 TOKEN = frozenset({"token", "token_read"})
 DRAWN = frozenset({"noise", "training_noise", "padding"})
@@ -95,20 +97,38 @@ def host(vlm: Vlm) -> Host:
                 f"{type(module).__name__} has a replaced forward (spread over devices by accelerate?): "
                 "load the model on one device, and reduce it before anything else wraps it"
             )
-    elsewhere = dict.fromkeys(("block", "between", "input"), partial(_inside, vlm))
+    elsewhere = dict.fromkeys(INSIDE, partial(_inside, vlm))
     elsewhere |= {"tower": partial(_after, vlm), "llm": partial(_llm, vlm)}
     if vlm.tower is None:
-        return replace(_features(vlm), elsewhere=elsewhere)
-    return replace(vlm.tower, family=vlm.family, elsewhere=elsewhere)
+        return replace(_features(vlm), elsewhere=elsewhere, whole=partial(_whole, vlm))
+    return replace(vlm.tower, family=vlm.family, elsewhere=elsewhere, whole=partial(_whole, vlm))
 
 
 def _inside(vlm: Vlm, facts: Facts) -> Host:
     if vlm.inside or vlm.tower is None or vlm.projector is None:
+        more = "" if vlm.tower is None else ", or expand=True, which saves in the tower alone"
         raise TypeError(
-            f"{vlm.family} cannot be reduced inside its tower: {vlm.inside}. Works: a method at the tower or llm"
+            f"{vlm.family} cannot be reduced inside its tower: {vlm.inside}. Works: a method at the tower or llm{more}"
         )
     patches = (*vlm.tower.patches, Patch(vlm.projector, "forward", project), *_doors(vlm))
     return replace(vlm.tower, family=vlm.family, patches=patches, seat=partial(VlmSeat, vlm))
+
+
+def _whole(vlm: Vlm, facts: Facts) -> Host:
+    """The host of methods that act inside the tower alone: the projector and all behind it are given every patch."""
+    if facts.where not in INSIDE:
+        raise TypeError(f'expand=True is for methods inside the tower; this one acts at "{facts.where}": leave it out')
+    if vlm.tower is None or vlm.projector is None:
+        raise TypeError(
+            f"{vlm.family}: Winnow does not know the blocks of its tower, so nothing acts inside it; "
+            "expand=True works with LLaVA, LLaVA-NeXT and LLaVA-OneVision"
+        )
+    if facts.combine == "none":
+        raise TypeError(
+            "expand=True gives each patch the token that holds it, and this method drops patches: ToMe() or EViT() work"
+        )
+    patches = (*vlm.tower.patches, Patch(vlm.projector, "forward", partial(spread, made=vlm.made)))
+    return replace(vlm.tower, family=vlm.family, patches=patches)
 
 
 def _after(vlm: Vlm, facts: Facts) -> Host:

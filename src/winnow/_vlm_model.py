@@ -1,6 +1,6 @@
 """hf:ID_OR_PATH as a vision-language model with its processor, and what the processor makes of images and questions.
 
-Wolf et al., Transformers, 2020; transformers 5. `hf:scenes` is the small one that ships with Winnow, `hf:scenes-untrained` the same before it has learned.
+transformers 5. `hf:scenes` is the small one that ships with Winnow; `hf:scenes-untrained`, before it learned to speak.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ def load_vlm(spec: str, *, reduced: bool = True, **words: Any) -> tuple[Any, Any
     A model that `save_pretrained` wrote while it was reduced comes back reduced, with its reducer's weights, unless
     reduced=False. words: more for the model's `from_pretrained`, e.g. dtype.
     """
+    processor, vlm, trained, how = _loaded(spec, words)
+    if trained is not None and reduced:
+        assert trained.method is not None
+        trained.reduce(vlm, trained.method, **how)
+    return processor, vlm
+
+
+def bare_vlm(spec: str, **words: Any) -> tuple[Any, Any, Trained | None]:
+    """The same, never reduced; and the reducer that was saved with it, if any."""
+    return _loaded(spec, words)[:3]
+
+
+def _loaded(spec: str, words: dict[str, Any]) -> tuple[Any, Any, Trained | None, dict[str, Any]]:
     name = place(spec)
     try:
         import transformers
@@ -78,13 +91,10 @@ def load_vlm(spec: str, *, reduced: bool = True, **words: Any) -> tuple[Any, Any
 
             vlm = forgotten(vlm)
         signed = vlm.config.__dict__.pop(SIGNED, None)
-        state = _reducer(name) if signed and reduced else {}
+        trained = Trained(Path(name), parse(signed["method"]), _reducer(name)) if signed else None
     processor.tokenizer.padding_side = "left"
-    vlm.eval()
-    if signed and reduced:
-        method = parse(signed["method"])
-        Trained(Path(name), method, state).reduce(vlm, method, parse_way(signed["way"]))
-    return processor, vlm
+    how = {"way": parse_way(signed["way"]), "expand": signed.get("expand", False)} if signed else {}
+    return processor, vlm.eval(), trained, how
 
 
 def _reducer(name: str) -> dict[str, Tensor]:
@@ -106,7 +116,7 @@ def ask(processor: Any, pictures: Sequence[Sequence[Image.Image]], prompts: Sequ
     """What the processor makes of questions, each about some images, in the model's own chat template if it has one."""
     texts = [_told(processor, len(several), prompt) for several, prompt in zip(pictures, prompts, strict=True)]
     flat = [picture for several in pictures for picture in several]
-    return dict(processor(images=flat, text=texts, padding=len(texts) > 1, return_tensors="pt"))
+    return dict(processor(images=flat or None, text=texts, padding=len(texts) > 1, return_tensors="pt"))
 
 
 def _told(processor: Any, images: int, prompt: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class Comparison:
     """Run again what the results file already holds."""
     say: Progress = lambda words: None
     task: str = "compare"
-    rows: list[rec.Row] = field(default_factory=list)
     reduce: Callable = winnow.reduce
     """How a method gets into the model: `Trained.reduce` brings trained weights along."""
+    rows: list[rec.Row] = field(default_factory=list)
     tops: dict[str | None, np.ndarray] = field(default_factory=dict)
 
     def run(self, methods: Sequence[Method]) -> list[rec.Row]:
@@ -94,12 +95,15 @@ class Comparison:
     def _rivals(self, macs: float) -> list[Method]:
         """Equal-cost baselines that no row stands in for yet."""
         found = []
-        for method in equal_cost(self.model, macs):
+        for method in self._equal_cost(macs):
             kind = type(method).__name__
             near = [r for r in self.rows if r.role == "baseline" and (r.method or "").startswith(kind + "(")]
             if not any(r.macs and NEAR * macs <= r.macs.counted <= SLACK * macs for r in near):
                 found.append(method)
         return found
+
+    def _equal_cost(self, macs: float) -> Iterable[Method]:
+        return equal_cost(self.model, macs)
 
     def measure(self, method: Method | None, timed: bool = True) -> tuple[rec.Row, bool]:
         """The row of one configuration and whether it was made now."""
@@ -119,16 +123,10 @@ class Comparison:
             winnow.restore(self.model)
 
     def _row(self, method: Method | None, timed: bool) -> rec.Row:
-        answers = classify(self.model, self.batches, watched=method is not None)
+        answers = self._answers(self.model, watched=method is not None)
         self.tops[_spell(method)] = answers.top
-        images = next(iter(self.batches)).images
-        if method is None:
-            counts, closed = None, plain_macs(self.model)
-            macs = rec.Macs(counted=count_macs(self.model, images[:2]), closed=closed)
-            check_counted(macs.counted, macs.closed, self.name)
-        else:
-            counts = [round(float(n), 2) for n in answers.counts.double().mean(0)]
-            macs = self._macs(method, images, answers.counts, answers.executed)
+        latency = [self._latency(method, size) for size in self.sizes] if timed else []
+        host = next(self.model.parameters())
         agrees = None if method is None else answers.top == self._plain_top()
         if self.labels is None:
             accuracy = rec.Accuracy(agreement=None if agrees is None else float(agrees.mean()))
@@ -142,19 +140,22 @@ class Comparison:
             method=_spell(method),
             role="plain" if method is None else "baseline" if type(method) in BASELINES else "method",
             way=self._way(method),
-            counts=counts,
             accuracy=accuracy,
-            macs=macs,
             objects=self._objects(answers),
-            latency=[self._latency(method, size) for size in self.sizes] if timed else [],
-            memory_mib=self._memory(images) if timed or method is None else None,
-            device=str(images.device),
-            dtype=str(images.dtype).removeprefix("torch."),
+            latency=latency,
+            memory_mib=self._memory() if timed or method is None else None,
+            device=str(host.device),
+            dtype=str(host.dtype).removeprefix("torch."),
             environment=rec.environment(),
             commit=rec.commit(),
             command=rec.command(),
             time=rec.now(),
+            **self._cost(method, answers),
         )
+
+    def _answers(self, model: nn.Module, watched: bool) -> Any:
+        """What the model says: `top` [n], comparable with `labels`, and where patches went."""
+        return classify(model, self.batches, watched=watched)
 
     def _objects(self, answers: Answers) -> rec.Objects | None:
         if self.objects is None or answers.grid is None:
@@ -163,6 +164,16 @@ class Comparison:
 
     def _way(self, method: Method | None) -> str:
         return "static" if method is None else str(resolve(self.way, method.facts, training=False))
+
+    def _cost(self, method: Method | None, answers: Any) -> dict[str, Any]:
+        """Counts and MACs of a row."""
+        images = next(iter(self.batches)).images
+        if method is not None:
+            counts = [round(float(n), 2) for n in answers.counts.double().mean(0)]
+            return {"counts": counts, "macs": self._macs(method, images, answers.counts, answers.executed)}
+        macs = rec.Macs(counted=count_macs(self.model, images[:2]), closed=plain_macs(self.model))
+        check_counted(macs.counted, macs.closed, self.name)
+        return {"macs": macs}
 
     def _macs(self, method: Method, images: Tensor, counts: Tensor, executed: list[int]) -> rec.Macs:
         """Counted on the first batch as executed; closed form for the same, and per image over all of them."""
@@ -196,7 +207,9 @@ class Comparison:
         timed = compare_latency(forward(plain), reduced, batch=size, pairs=self.pairs, device=device)
         return timed.model_copy(update={"reducer_share": own, "threads": torch.get_num_threads()})
 
-    def _memory(self, images: Tensor) -> float:
+    def _memory(self) -> float:
+        images = next(iter(self.batches)).images
+
         def run() -> None:
             with torch.inference_mode():
                 self.model(images)
@@ -207,7 +220,7 @@ class Comparison:
         if None not in self.tops:  # the plain row came from the file: its answers are needed to say what agrees
             reducer = getattr(self.model, "reducer", None)
             bare = self.model if reducer is None else winnow.restore(twin(self.model))
-            self.tops[None] = classify(bare, self.batches, watched=False).top
+            self.tops[None] = self._answers(bare, watched=False).top
         return self.tops[None]
 
     def _made(self, method: Method | None, timed: bool) -> rec.Row | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from .vit_scenes import ARCHITECTURE, MEAN
 
 STORED = Path(__file__).with_name("llava_scenes.hf")
 """The trained model and its processor, as `save_pretrained` leaves them: `hf:scenes`."""
-DEPTH = 7
+DEPTH = 6
 """Blocks of the ViT that make the tower."""
-TEXT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+TEXT = {
+    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.1
+}  # fmt: skip
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (*SPECIAL, *"USER ASSISTANT what colour is the a ? ,".split(), *SHAPES, *COLOURS)
 TEMPLATE = (
@@ -62,6 +65,15 @@ def fill(tower: Any, vit: VisionTransformer) -> None:
     for name, value in vit.state_dict().items():
         own |= _renamed(name, value, len(tower.layers))
     tower.load_state_dict(own)
+
+
+def forgotten(model: Any, seed: int = 0) -> Any:
+    """The trained model with its tower as it is, projector and language model as they were before they learned."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        fresh = llava_scenes()
+    fresh.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+    return fresh
 
 
 def _renamed(name: str, value: Tensor, depth: int) -> dict[str, Tensor]:

@@ -5,16 +5,21 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .._vlm_model import load_vlm
+import winnow
+
+from .._vlm_model import bare_vlm
 from .._weights import state_hash
 from ..compare_vlm import VlmComparison, at_budgets
-from ..data.conversations import open_conversations
+from ..data.conversations import Conversations, open_conversations
+from ..data.scenes import patch_objects
 from ..measure import record
 from ..reducer import Method
 from ..tasks.answer import Prompts
@@ -30,17 +35,40 @@ def compare_vlm(
     results: Path, fresh: bool, batch: int, sizes: Sequence[int], pairs: int, pictures: int, way: Any, device: torch.device,
 ) -> tuple[list[record.Row], list[Sheet]]:  # fmt: skip
     """Rows and pictures of a vision-language model; ValueError before any work where something cannot be."""
-    methods = at_budgets(methods, budgets)
     samples = open_conversations(data or DATA, split or ("test" if (data or DATA) == DATA else ""), limit)
-    processor, model = load_vlm(spec)
+    processor, model, trained = bare_vlm(spec)
+    methods = at_budgets(methods, budgets)
+    if trained is not None:
+        trained.check(methods)
+    reduce = winnow.reduce if trained is None else trained.reduce
+    own = {} if trained is None else {f"reducer.{name}": value for name, value in trained.state.items()}
     with Progress() as progress:
         prompts = Prompts(processor, samples, batch, device, progress.images)
         comparison = VlmComparison(
-            model=model.to(device), name=spec, weights=state_hash(model.state_dict()), labels=prompts.answers, way=way,
+            model=model.to(device), name=spec, weights=state_hash(model.state_dict() | own), labels=prompts.answers, way=way,
             batches=prompts, data=record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash),
             results=results, sizes=[size for size in sizes if size], pairs=pairs, fresh=fresh, say=progress.say,
+            objects=_objects(samples, processor.image_processor), reduce=reduce,
         )  # fmt: skip
         progress.total = len(samples)
         rows = comparison.run(methods)
         progress.say("pictures")
-        return rows, vlm.sheets(model, prompts, methods, rows, pictures)
+        return rows, vlm.sheets(model, prompts, methods, rows, pictures, reduce)
+
+
+def _objects(samples: Conversations, maker: Any) -> Callable[[tuple[int, int]], np.ndarray] | None:
+    """The patches of the object each question is about, masks having gone through the processor; None without masks."""
+    from .compare import seen
+
+    if any(sample.mask is None for sample in samples.samples):
+        return None
+
+    def pixels(image: Any) -> torch.Tensor:
+        return maker(images=image, return_tensors="pt")["pixel_values"][0]
+
+    @cache
+    def patches(grid: tuple[int, int]) -> np.ndarray:
+        masks = (sample.mask() for sample in samples.samples if sample.mask)
+        return np.stack([patch_objects(seen(mask, pixels, maker.image_mean, maker.image_std), grid) for mask in masks])
+
+    return patches

@@ -18,6 +18,7 @@ from rich.table import Table
 
 import winnow
 
+from .._vlm_model import place
 from ..measure import VlmMacs, count_macs, count_vlm_macs, peak_memory, record, verdict, vlm_ceiling, vlm_macs
 from ..measure.closed_form import check_counted
 from ..measure.vlm_time import compare_vlm_latency, first_token, per_token, vlm_inputs
@@ -32,24 +33,26 @@ WEIGHTS = "*.safetensors"
 def measure_vlm(
     spec: str, methods: Sequence[Method], text: int, grid: str | None, sizes: Sequence[int], *, pairs: int, way: Any,
     convention: str, results: Path, seed: int, device: torch.device, pretrained: bool, as_json: bool,
+    expand: bool = False,
 ) -> None:  # fmt: skip
     """Print what each method costs; with batch sizes the model is built, run and timed, and rows are appended."""
-    host, _, name = spec.partition(":")
-    if host != "hf":
+    if not spec.startswith("hf:"):
         raise ValueError(f"--text is for vision-language models, hf:ID_OR_PATH; {spec} has no text")
     from transformers import AutoConfig
 
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"{spec}: no such folder")
+    name = place(spec)
     with quiet(), reachable_hub():
         config = one_line(spec, "has no configuration that can be read", lambda: AutoConfig.from_pretrained(name))
     patches = _grid(grid)
-    said = [vlm_macs(config, method, text, grid=patches, convention=convention) for method in (None, *methods)]
+    said = [
+        vlm_macs(config, method, text, grid=patches, convention=convention, expand=expand and method is not None)
+        for method in (None, *methods)
+    ]
     sizes, rows = [size for size in sizes if size], list[record.Row]()
     if sizes:
         net = _model(spec, name, config, pretrained, seed, device)
         for method, one in zip((None, *methods), said):
-            row = _row(spec, net, method, one, text, patches, sizes, pairs, way, device)
+            row = _row(spec, net, method, one, text, patches, sizes, pairs, way, device, expand)
             record.append(results, row)
             rows.append(row)
     else:
@@ -59,6 +62,8 @@ def measure_vlm(
         print("[" + ",\n ".join(found) + "]")
         return
     Console().print(_table((None, *methods), said, rows))
+    if expand:
+        print("expand: tokens go back to their patches behind the tower, so all that is saved is saved inside it")
     share = vlm_ceiling(config, text, grid=patches)
     print(f"a reducer after the encoder can save at most {share:.1%} here, where {text} other tokens stay")
 
@@ -87,13 +92,14 @@ def _model(spec: str, name: str, config: Any, pretrained: bool, seed: int, devic
 
 def _row(
     spec: str, net: Any, method: Method | None, said: VlmMacs, text: int, grid: Any, sizes: Sequence[int], pairs: int,
-    way: Any, device: torch.device,
+    way: Any, device: torch.device, expand: bool,
 ) -> record.Row:  # fmt: skip
     """Counted on the running model, timed against the plain one."""
-    exact = vlm_macs(net.config, method, text, grid=grid).total
+    exact = vlm_macs(net.config, method, text, grid=grid, expand=expand and method is not None).total
     one = vlm_inputs(net, 1, text, grid)
     first, whole = [], []
-    with winnow.reduced(twin(net), method, way) if method else nullcontext(net) as reduced:
+    ran = f"{way} + expand" if expand and method else str(way)
+    with winnow.reduced(twin(net), method, way, expand=expand) if method else nullcontext(net) as reduced:
         counted = count_macs(reduced, {**one, "logits_to_keep": 1})
         check_counted(counted, exact, repr(method) if method else "plain")
         memory = peak_memory(first_token(reduced, one), device)
@@ -103,7 +109,7 @@ def _row(
             whole.append(pair[1])
     return record.Row(
         task="measure-vlm", model=spec, weights=None, method=repr(method) if method else None,
-        role="method" if method else "plain", way=str(way), memory_mib=memory, latency=first,
+        role="method" if method else "plain", way=ran, memory_mib=memory, latency=first,
         macs=record.Macs(counted=counted, closed=exact),
         vlm=record.Vlm(
             stages={stage: getattr(said, stage) for stage in STAGES}, image_tokens=list(said.image_tokens),
@@ -127,12 +133,12 @@ def _table(methods: Sequence[Method | None], said: Sequence[VlmMacs], rows: Sequ
     ]
     for head in [*heads, *(("counted", "peak MiB", "first token", "ms per token") if rows else ())]:
         table.add_column(head, justify="left" if head in ("method", "first token") else "right", overflow="fold")
-    for place, (method, one) in enumerate(zip(methods, said)):
+    for at, (method, one) in enumerate(zip(methods, said)):
         kept = dict.fromkeys(one.image_tokens)
         cells = [repr(method) if method else "plain", " ".join(map(str, kept)), str(one.prompt_tokens)]
         cells += [f"{getattr(one, stage) / 1e9:.3f}" for stage in STAGES]
         cells += [f"{one.total / 1e9:.3f}", f"{one.total / said[0].total:.1%}", f"{one.kv_bytes / 2**20:.1f}"]
-        table.add_row(*cells, *(_measured(rows[place]) if rows else ()))
+        table.add_row(*cells, *(_measured(rows[at]) if rows else ()))
     return table
 
 

@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
+from .._vlm_model import is_vlm
 from ..compare import Comparison
 from ..data import Images, check_labels, open_images
 from ..data.batches import cached
@@ -32,6 +33,8 @@ MODEL, DATA = "timm:vit_scenes", "scenes"
 """What is compared where no model is named: the ViT that ships, on the built-in scenes."""
 METHODS = ("ToMe(r=4)", "ToMe(r=8)", "PiToMe()", "EViT()", "TopK()", "TopK(keep=Keep(0.5))")
 """What is compared where no method is named."""
+VLM_METHODS = ("PruMerge()", "VisionZip()", "DivPrune()", "VisPruner()", "FastV()", "ToMe(r=8)")
+"""The same with a vision-language model."""
 
 
 def command(
@@ -48,6 +51,13 @@ def command(
         str | None, typer.Option(help="a csv, ImageFolder, CIFAR or parquet path, or the name photographs or scenes")
     ] = None,
     split: Annotated[str, typer.Option(help="split or slice of the data, e.g. train[-5000:]")] = "",
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="of a vision-language model's image tokens, e.g. 1,0.5,64: shares and numbers that methods "
+            "written without an amount are given"
+        ),
+    ] = "",
     limit: Annotated[int | None, typer.Option(help="so many images, evenly spaced")] = None,
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
@@ -68,9 +78,23 @@ def command(
     threads: o.Threads = 0,
     as_json: o.Json = False,
 ) -> None:
-    """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on."""
-    methods = o.methods_of(method or list(METHODS))
+    """Compare methods on images, each beside its equal-cost baselines; rows are kept one by one, a rerun goes on.
+
+    A vision-language model (hf:scenes ships) is asked questions: data is scenes or a .json of LLaVA's conversations.
+    """
+    asked = model is not None and is_vlm(model)
+    methods = o.methods_of(method or list(VLM_METHODS if asked else METHODS))
     where, run_way = o.device_of(device, threads), o.way_of(way)
+    if asked:
+        from ._compare_vlm import compare_vlm
+
+        rows, shown = compare_vlm(
+            str(model), methods, _budgets(budgets), data, split, limit, results=results, fresh=fresh, batch=batch,
+            sizes=time or [], pairs=pairs, pictures=pictures, way=run_way, device=where,
+        )  # fmt: skip
+        return _told(rows, shown, out, results, as_json)
+    if budgets:
+        raise ValueError(f"--budgets is for vision-language models; {model or MODEL} is none")
     images = open_images(data or (DATA if model is None else "photographs"), split=split, limit=limit)
     if model is None:
         model, pretrained = MODEL, weights is None
@@ -94,6 +118,11 @@ def command(
         rows = comparison.run(methods)
         progress.say("pictures")
         shown = sheets(comparison.model, images, loaded, methods, rows, pictures, where, reduce)
+    return _told(rows, shown, out, results, as_json)
+
+
+def _told(rows: list[record.Row], shown: list, out: Path, results: Path, as_json: bool) -> None:
+    """Write the page; print the rows or the table."""
     made = write(rows, shown, out)
     if as_json:
         print("[" + ",\n ".join(row.model_dump_json(by_alias=True) for row in rows) + "]")
@@ -103,20 +132,33 @@ def command(
     console.print(f"page: {made[0]}   rows: {results}", highlight=False)
 
 
+def _budgets(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        found = [0.0]
+    if any(not 0 < budget < float("inf") for budget in found):
+        raise ValueError(
+            f"--budgets {text}: shares up to 1 and whole numbers of image tokens above, e.g. 1,0.5,0.25,64"
+        )
+    return found
+
+
 def _objects(images: Images, loaded: LoadedModel) -> Callable[[tuple[int, int]], np.ndarray] | None:
     """The object of each patch, masks having gone through the model's own resizing and cropping; None without masks."""
     if images.mask(0) is None:
         return None
 
     def patches(grid: tuple[int, int]) -> np.ndarray:
-        return np.stack([patch_objects(_seen(images.mask(i), loaded), grid) for i in range(len(images))])
+        masks = (images.mask(i) for i in range(len(images)))
+        return np.stack([patch_objects(seen(mask, loaded.transform, loaded.mean, loaded.std), grid) for mask in masks])
 
     return cache(patches)
 
 
-def _seen(mask: np.ndarray | None, loaded: LoadedModel) -> np.ndarray:
+def seen(mask: np.ndarray | None, transform: Callable, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """A mask as the model would see it; ids are spread over the grey values, so that resizing can be undone by rounding."""
     assert mask is not None
     step = 255 // max(1, int(mask.max()))
-    pixels = loaded.transform(Image.fromarray(mask * np.uint8(step)).convert("RGB"))
-    return np.rint(photograph(pixels[None], loaded.mean, loaded.std)[0, ..., 0] / step).astype(np.uint8)
+    pixels = transform(Image.fromarray(mask * np.uint8(step)).convert("RGB"))
+    return np.rint(photograph(pixels[None], mean, std)[0, ..., 0] / step).astype(np.uint8)

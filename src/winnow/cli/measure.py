@@ -60,6 +60,9 @@ def command(
     grid: Annotated[
         str | None, typer.Option(help="with --text, patches of the image where any size goes: 48x48")
     ] = None,
+    expand: Annotated[
+        bool, typer.Option("--expand", help="with --text, save in the tower alone: tokens go back to their patches")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="MACs, time and memory by layer and operator")] = False,
     way: o.WayOption = "auto",
     results: Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")] = Path(
@@ -77,9 +80,11 @@ def command(
 
         measure_vlm(
             model, methods, text, grid, batch or [1], pairs=pairs, way=o.way_of(way), convention=convention, results=results,
-            seed=seed, device=o.device_of(device, threads), pretrained=pretrained, as_json=as_json,
+            seed=seed, device=o.device_of(device, threads), pretrained=pretrained, as_json=as_json, expand=expand,
         )  # fmt: skip
         return
+    if expand:
+        raise ValueError("--expand is for vision-language models: give --text, the number of prompt tokens")
     if (boundaries == "data") != (data is not None):
         raise ValueError("--boundaries data and --data belong together, e.g. --boundaries data --data photographs")
     if boundaries == "even":

@@ -51,13 +51,14 @@ def vlm_macs(
     convention: str = "mac",
     dtype: torch.dtype = torch.float16,
     kept: int | None = None,
+    expand: bool = False,
 ) -> VlmMacs:
     """MACs of one image and `text` other tokens, by stage, equal to what is counted when the model runs.
 
     config: of Hugging Face's LLaVA or Qwen2.5-VL. keep: image tokens that the language model is given, or how many
     enter each of its blocks, or a method; None is all. grid: (h, w) in patches, where the model takes images of any
     size. convention: "mac", or "fastv" or "sparsevlm" for the figures of those papers. dtype: of the cache. kept: tokens
-    that a method at the tower left of this image, where that is for the image to say.
+    that a method at the tower left of this image, where that is for the image to say. expand: as in `winnow.reduce`.
     TypeError for another model; ValueError for amounts that are impossible on it.
     """
     if convention not in CONVENTIONS:
@@ -66,6 +67,8 @@ def vlm_macs(
         raise ValueError(f"text={text!r}: the number of tokens that are not the image's, 1 or more")
     tower, llm = shapes_of(config, grid)
     plan = _plan(tower, llm, keep, text, kept)
+    if expand:
+        plan = replace(plan, projected=tower.patches, llm=(tower.tokens,) * llm.depth)
     tokens = [n + text for n in plan.llm]
     kv_bytes = sum(tokens) * 2 * llm.kv_width * dtype.itemsize
     sizes = plan.llm, tokens[0], kv_bytes

@@ -45,6 +45,8 @@ def fit(model: nn.Module, images: Tensor, answers: Tensor, steps: int, batch: in
     """The model after `steps` of AdamW on images uint8 [n, 3, 96, 96] and answers [n, Q], Q questions at once."""
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decay], "weight_decay": 0.05 * decay}
               for decay in (True, False)]  # fmt: skip
+    if not steps:
+        return model
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     start = time.monotonic()

@@ -309,6 +309,10 @@ _ASKED: dict[str, dict[str, Any]] = {
     "tokens": {"meaning": "Image tokens entering the last block of the language model, mean over the questions."},
     "GMAC": {"meaning": "10⁹ multiply-adds up to the first token, mean over the questions (1 GMAC = 2 GFLOP)."},
     "top-1 %": {"head": "right %", "meaning": "Share of questions whose answer is right, with its 95 % interval."},
+    "objects kept": {
+        "head": "asked kept",
+        "meaning": "Share of the patches of the object asked about that some token still holds.",
+    },
     "agreement with plain %": {"meaning": "Share of questions whose answer equals the plain model's."},
 }
 """What some columns are where all rows are of vision-language models."""
