@@ -17,7 +17,7 @@ from instruct_vlm import SLOTS, WORDS, build, said, write_json
 from winnow._llava import load_llava
 from winnow.cli import main
 from winnow.data.conversations import IMAGE, Sample, mixed, open_conversations
-from winnow.data.dialogue import IGNORE, SYSTEM, encode, spoken
+from winnow.data.dialogue import IGNORE, SYSTEM, VICUNA, encode, spoken
 from winnow.data.instruct import Grouped
 
 
@@ -62,6 +62,17 @@ def test_vicuna_v1_learns_the_answers_and_what_ends_them(llava):
         "USER: what is it ? ASSISTANT: [a] [blue] [image] [</s>]"
     )
     assert found == learned(wanted) and images == 1
+
+
+def test_the_template_written_beside_the_weights_asks_as_was_taught(llava, monkeypatch):
+    monkeypatch.setattr(llava.processor, "chat_template", VICUNA)
+    pieces = spoken(SAMPLE, "vicuna_v1", llava.processor)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is this ?"}]}]
+    asked = llava.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert asked + " " == "".join(words for words, _ in pieces[:2])
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    messages += [{"role": "user", "content": [{"type": "text", "text": "what is it ?"}]}]
+    assert llava.processor.apply_chat_template(messages) + " " == "".join(words for words, _ in pieces[:4])
 
 
 def test_plain_is_the_image_and_its_caption(llava):

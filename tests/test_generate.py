@@ -14,7 +14,7 @@ from vlms import IMAGE, llava
 
 from winnow import Exactly, FastV, PruMerge, PyramidDrop, Random
 from winnow._vlm_model import ask, load_vlm
-from winnow.cli import generate
+from winnow.cli import generate, main
 from winnow.view import vlm as kept
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -91,3 +91,40 @@ def test_a_wrong_model_is_refused_in_one_line():
         load_vlm("timm:vit_tiny_patch16_224")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_vlm("hf:/nowhere/at/all")
+
+
+def test_a_file_of_questions_is_answered_and_gone_on_with(folder, tmp_path, capsys):
+    asked = [{"question_id": i, "image": "photo.png", "text": "what is this ?"} for i in range(3)]
+    asked += [{"question_id": 3, "text": "what ?"}]
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("\n".join(map(json.dumps, asked)))
+    words = [
+        "generate",
+        "--model",
+        f"hf:{folder}",
+        "--questions",
+        str(questions),
+        "--answers",
+        str(answers),
+        "--tokens",
+        "3",
+    ]
+    words += ["--images", str(folder)]
+    assert cli(*words) == 0
+    lines = answers.read_text().splitlines()
+    assert [json.loads(line)["question_id"] for line in lines] == [0, 1, 2, 3]
+    assert set(json.loads(lines[0])) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    answers.write_text(lines[0] + "\n")
+    assert cli(*words) == 0 and "3 of 4 questions answered now" in capsys.readouterr().out
+    assert answers.read_text().splitlines() == lines
+    assert cli(*words, "--method", "FastV(layer=1)") == 2 and "of another model" in capsys.readouterr().err
+    assert cli(*words[:-1], str(tmp_path)) == 2 and "3 of 4 images are not in" in capsys.readouterr().err
+    assert cli(*words, "--prompt", "what ?") == 2 and cli("generate", "--model", f"hf:{folder}") == 2
+
+
+def cli(*words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["winnow", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+    return done.value.code

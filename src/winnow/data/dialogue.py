@@ -22,6 +22,14 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+VICUNA = (
+    SYSTEM + "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ ' ' if loop.first else '' }}USER: {% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %} ASSISTANT:"
+    "{% else %}{% for part in message['content'] %} {{ part['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""`vicuna_v1` as a chat template, so that a model that learned from it is asked as it was taught."""
+
 
 def plain(sample: Sample, processor: Any) -> list[Piece]:
     """The images, then the answer alone, as where a projector is aligned; what was asked is left out."""

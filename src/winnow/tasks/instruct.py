@@ -22,7 +22,7 @@ from .._llava import load_llava, parts_of, write_folder
 from .._lora import add_lora, merged
 from .._reduce import is_reduced, seat_of
 from ..data.conversations import Conversations, open_conversations
-from ..data.dialogue import IGNORE
+from ..data.dialogue import IGNORE, VICUNA
 from ..data.instruct import ConversationSet, Grouped, Speech, joined
 from ..measure import record
 from .classify import reducer_weights
@@ -199,6 +199,8 @@ class Training:
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The trained model as a Hugging Face folder that `winnow.load_vlm` opens, reducer and all."""
+        if self.recipe.instruct.template == "vicuna_v1":
+            self.llava.processor.chat_template = VICUNA
         write_folder(self.llava, folder, merged(self.model, state))
 
     def _metrics(self, nll: Tensor, tokens: Tensor, right: Tensor) -> dict[str, float]:
