@@ -12,21 +12,24 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import SHARED
 from PIL import Image
 
+from winnow._weights import read_weights
 from winnow.cli import main as cli_main
-from winnow.data.pairs import open_pairs
+from winnow.data.pairs import drawn, open_pairs
 from winnow.data.scenes import scene
 from winnow.measure import record
 from winnow.measure.zero_shot import retrieval, templates_of
-from winnow.tasks.contrast import Contrast, Training
+from winnow.models import load_model
+from winnow.tasks.contrast import Training
 from winnow.train import load_recipe
 from winnow.train.loop import train
 from winnow.train.progress import read_log
@@ -158,6 +161,64 @@ def test_scenes_bring_their_captions():
     assert [pairs.caption(i) for i in range(5)] == [scene(1, i).caption for i in range(5)]
 
 
+def test_classes_and_cocos_files_have_captions(tmp_path):
+    for split, names in {"train": ("red_fox", "owl"), "val": ("owl",)}.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "a.jpg").write_bytes(picture(0))
+    pairs = open_pairs(str(tmp_path), split="train", caption="one {} here")
+    assert sorted(pairs.caption(i) for i in range(2)) == ["one owl here", "one red fox here"]
+    said = {"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}], "annotations": [
+        {"image_id": 7, "caption": "first"}, {"image_id": 7, "caption": "second"}]}  # fmt: skip
+    (tmp_path / "val" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "captions_val.json").write_text(json.dumps(said))
+    pairs = open_pairs(str(tmp_path / "captions_val.json"))
+    assert (len(pairs), pairs.caption(0), len(pairs.failures)) == (1, "first", 1)
+    (tmp_path / "captions_x.json").write_text("[]")
+    with pytest.raises(ValueError, match="not COCO's captions"):
+        open_pairs(str(tmp_path / "captions_x.json"))
+
+
+def test_cocos_photographs_load():
+    path = SHARED / "data" / "coco_captions" / "captions_train2017.json"
+    if not path.is_file():
+        pytest.skip("COCO's captions are not here")
+    pairs = open_pairs(str(path))
+    named = {image["file_name"]: image["id"] for image in json.loads(path.read_text())["images"]}
+    assert len(pairs) == len(named) and not pairs.failures and len(pairs.sound()) == len(pairs)
+    first = {each["image_id"]: each["caption"] for each in reversed(json.loads(path.read_text())["annotations"])}
+    assert all(pairs.caption(i) == first[named[pairs.images.key(i)]].strip() for i in range(len(pairs)))
+
+
+def test_a_phrase_stands_for_its_caption(recipe_file):
+    task = Training(load_recipe(recipe_file, ("contrast.phrase=0.5",)))
+    whole = [task.train_pairs.caption(i) for i in range(48)]
+    said = [task.set._said(i, i) for i in range(48)]
+    parts = [one for one, caption in zip(said, whole) if one != caption]
+    assert 10 < len(parts) < 38 and all(
+        one in caption.split(", ") for one, caption in zip(said, whole) if one != caption
+    )
+    task.set.set_epoch(1)
+    assert said != [task.set._said(i, i) for i in range(48)], "others in another epoch"
+
+
+def test_shards_drawn_with_replacement(shards, recipe_file, tmp_path):
+    shard = np.repeat([0, 1, 2, 3], [5, 7, 3, 5])
+    rows = [drawn(shard, 0, epoch) for epoch in range(50)]
+    assert all(len(one) == 20 for one in rows) and any((a != b).any() for a, b in pairwise(rows))
+    for one in rows:  # whole shards after each other; the last may be cut
+        starts = [row for before, row in zip([-1, *one], one) if row != before + 1 or row in (0, 5, 12, 15)]
+        assert set(starts) <= {0, 5, 12, 15}
+    drawn_once = np.bincount(np.concatenate(rows), minlength=20)
+    assert drawn_once.min() > 20 and drawn_once.max() < 90 and len({len(set(one)) for one in rows}) > 1
+    run(recipe_file, tmp_path / "run", "data.resample=true")
+    assert len(steps(tmp_path / "run")) == 6
+    with pytest.raises(ValueError, match=r"data\.resample draws shards"):
+        Training(load_recipe(recipe_file, ("data.resample=true", "data.train={path: scenes, limit: 48}")))
+    with pytest.raises(ValueError, match=r"data\.resample needs task: contrast"):
+        load_recipe("scenes_plain", ("data.resample=true",))
+
+
 # ---- the loss
 
 
@@ -172,48 +233,40 @@ def test_a_batch_in_parts_is_the_whole_batch(recipe_file, tmp_path):
 
 
 SETS = ("model.options.init_logit_bias=-1.0", "method=PatchDropout(rate=0.5)", "log.save=null")
+LOSSES = {"clip": (), "siglip": ("contrast.loss=siglip", "optim.name=sgd", "optim.lr=1e-4")}
+"""Key biases have no gradient but rounding's, of which Adam makes whole steps: with SGD gradients agree to 1e-6."""
 
 
-def with_siglip(recipe_file: str, out: str) -> None:
-    """Train with CLIP's loss; each process's share of a batch also gets SigLIP's, logged as a score."""
-    evaluate = Training.evaluate
-
-    def scoring(self, module, place):
-        found = evaluate(self, module, place)
-        share = 8 // place.world
-        mine = [self.set[i] for i in range(place.rank * share, (place.rank + 1) * share)]
-        images, texts = (torch.stack([one[part] for one in mine]) for part in (0, 1))
-        loss = Contrast(self.model, "siglip").train()(images, texts)["loss"]
-        mean = place.total(loss.detach()) / place.world
-        return replace(found, metrics=found.metrics | {"siglip": float(mean)})
-
+def with_either(recipe_file: str, out: str) -> None:
+    """Train with each loss."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("winnow.train.loop.save_training", lambda *args: None)
-        patch.setattr(Training, "evaluate", scoring)
-        train(load_recipe(recipe_file, SETS), Path(out), device="cpu")
+        for kind, sets in LOSSES.items():
+            train(load_recipe(recipe_file, (*SETS, *sets)), Path(out) / kind, device="cpu")
 
 
 def test_two_processes_are_one_with_either_loss(recipe_file, tmp_path):
-    """The global batch's negatives, gathered: equal to one process, CLIP's softmax and SigLIP's sigmoid."""
+    """The global batch's negatives, gathered: loss, gradient and scores are one process's, softmax and sigmoid."""
     here = Path(__file__)
     script = tmp_path / "both.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(here.parent)!r})\nfrom {here.stem} import with_siglip\n"
-                      "with_siglip(*sys.argv[1:])\n")  # fmt: skip
+    script.write_text(f"import sys\nsys.path.insert(0, {str(here.parent)!r})\nfrom {here.stem} import with_either\n"
+                      "with_either(*sys.argv[1:])\n")  # fmt: skip
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script))
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launch, str(recipe_file), str(tmp_path / "both")], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    with_siglip(str(recipe_file), str(tmp_path / "alone"))
-    alone, both = (read_log(tmp_path / where / "log.jsonl") for where in ("alone", "both"))
-    assert both[-1]["processes"] == 2
-    for a, b in zip(alone, both, strict=True):
-        if a["event"] == "step":
-            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-        if a["event"] == "epoch":
-            assert b["val"] == pytest.approx(a["val"], rel=1e-4, abs=1e-5) and a["val"]["siglip"] > 0
+    with_either(str(recipe_file), str(tmp_path / "alone"))
+    for kind in LOSSES:
+        alone, both = (read_log(tmp_path / where / kind / "log.jsonl") for where in ("alone", "both"))
+        assert both[-1]["processes"] == 2
+        for a, b in zip(alone, both, strict=True):
+            if a["event"] == "step":
+                assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+                assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+            if a["event"] == "epoch":
+                assert b["val"] == pytest.approx(a["val"], rel=1e-4, abs=1e-5)
 
 
 KILLED = """
@@ -256,6 +309,37 @@ def test_killed_in_the_middle_of_a_shard_every_sample_is_seen_once(recipe_file, 
     surviving = Counter(i for _, *rows in lines[:2] + replayed for i in rows)
     assert surviving == Counter(range(48))
     assert [line["step"] for line in steps(out)] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- what becomes of a tower
+
+
+@pytest.mark.parametrize("method", [None, "DRIP(rate=0.5, after=1)"])
+def test_a_tower_goes_on_as_a_classifier(method, recipe_file, tmp_path):
+    run(recipe_file, tmp_path / "clip", f"method={method or 'null'}", "epochs=1", "log.save=null")
+    weights = tmp_path / "clip" / "last.safetensors"
+    options = {key: TINY["model"]["options"][key] for key in ("embed_dim", "vision_cfg")}
+    recipe = tmp_path / "tuned.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "model": {"name": "open_clip:ViT-B-32", "num_classes": 8, "options": options, "weights": str(weights)},
+        "method": method, "data": {"train": {"path": "scenes", "limit": 8}, "val": {"path": "scenes", "split": "val[:4]"}},
+        "augment": {"size": 32}, "epochs": 1, "batch": 4,
+    }))  # fmt: skip
+    clip = {key: value for key, value in read_weights(weights).items() if key.startswith(("visual.", "reducer."))}
+    for freeze in ("probe", "none"):
+        out = tmp_path / freeze
+        train(load_recipe(recipe, (f"freeze={freeze}",)), out, device="cpu")
+        tuned = read_weights(out / "last.safetensors")
+        assert set(tuned) == set(clip) - {"visual.proj"} | {"head.weight", "head.bias"}
+        same = {key: torch.equal(tuned[key], clip[key]) for key in clip if key in tuned}
+        assert all(same.values()) if freeze == "probe" else not any(same[key] for key in same if "mlp" in key)
+    again = load_model("open_clip:ViT-B-32", weights=out / "last.safetensors", num_classes=8, options=options, size=32,
+                       bare=True)  # fmt: skip
+    assert torch.equal(again.model.head.weight, tuned["head.weight"]), "a classifier comes back with its head"
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(
+            "open_clip:ViT-B-32", weights=out / "last.safetensors", num_classes=5, options=options, size=32, bare=True
+        )
 
 
 # ---- evaluation
