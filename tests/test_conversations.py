@@ -158,6 +158,21 @@ def test_every_question_of_every_scene_is_a_sample():
         open_conversations("scenes", "dev")
 
 
+def test_scenes_are_told_in_every_way():
+    asked, texts = (open_conversations(name, "val").samples for name in ("scenes", "scene_texts"))
+    for sample in texts[:9]:
+        told, question = sample.turns[0][1].rsplit(", ", 1)
+        shape = question.removeprefix("what colour is the ").removesuffix("?")
+        assert f"a {sample.turns[1][1]} {shape}" in told.split(", ") and not sample.images
+    assert {one.turns[1][1] for one in texts} <= {one.turns[1][1] for one in asked} and len(texts) == len(asked)
+    page = open_conversations("scene_pages", "val")[1]
+    captions = [one.turns[1][1] for one in open_conversations("scene_captions", "val[2:4]").samples]
+    assert page.turns[0][1] == f"{IMAGE} {captions[0]} {IMAGE} {captions[1]}" and len(page.pictures()) == 2
+    assert open_conversations("scene_captions+scene_texts@0.5", "val").kinds() == {
+        "question, text only": 2000, "caption": 500,
+    }  # fmt: skip
+
+
 def test_mixtures_repeat_and_take_shares():
     lists = {name: [Sample(f"{name}{i}", (("human", ""), ("gpt", ""))) for i in range(10)] for name in "abc"}
     found = [one.key for one in mixed("a+b*2+mine", lists.__getitem__, {"mine": "c@0.5 + a"})]

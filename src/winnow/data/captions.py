@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..view import files
-from .conversations import BRIEF, IMAGE
 from .images import UnreadableImage
 from .pairs import open_pairs
+from .sample import BRIEF, IMAGE
 
 
 def to_llava(

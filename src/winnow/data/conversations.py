@@ -10,8 +10,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,75 +19,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import scenes
-from .images import UnreadableImage, upright
 from .llava_eval.answers import whole
+from .sample import IMAGE, Sample
+from .scene_talk import BUILT_IN
 
-IMAGE = "<image>"
-"""What stands for an image in the words of every format read here."""
 KINDS = (
-    "a .json or .jsonl file of LLaVA's conversations or of interleaved texts, scenes, scene_dialogues, "
+    f"a .json or .jsonl file of LLaVA's conversations or of interleaved texts, {', '.join(BUILT_IN)}, "
     "or a mixture as in a+b*2+c@0.5"
 )
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 MOST_IMAGES = 6
 """Images of an interleaved sample, as VILA takes them."""
-DRAWN = 8192
-"""Scenes kept as pixels: each has eight questions."""
-BRIEF = (
-    "Describe the image concisely.",
-    "Provide a brief description of the given image.",
-    "Offer a succinct explanation of the picture presented.",
-    "Summarize the visual content of the image.",
-    "Give a short and clear explanation of the subsequent image.",
-    "Share a concise interpretation of the image provided.",
-    "Present a compact description of the photo's key features.",
-    "Relay a brief, clear account of the picture shown.",
-    "Render a clear and concise summary of the photo.",
-    "Write a terse but informative summary of the picture.",
-    "Create a compact narrative representing the image presented.",
-)
-"""What LLaVA asks where the answer is a caption (Liu et al., 2023, table 11)."""
-DETAILED = re.compile(
-    r"detail|happening|going on|main features|key elements|elements of the|photo about|^describe", re.I
-)
-"""The questions of LLaVA-Instruct's detailed descriptions."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What was said about which images."""
-
-    key: str
-    turns: tuple[tuple[str, str], ...]
-    """("human" | "gpt", words), or one ("text", words) to be learned whole; `IMAGE` stands where an image is seen."""
-    images: tuple[Callable[[], Image.Image], ...] = ()
-    mask: Callable[[], np.ndarray] | None = None
-    """uint8 [H, W] 1 where the only image shows what is asked about, where that is known."""
-
-    @property
-    def words(self) -> int:
-        """Its length in words."""
-        return sum(len(words.split()) for _, words in self.turns)
-
-    @property
-    def kind(self) -> str:
-        """caption, detailed description, question, conversation, interleaved; with what is unusual about its images."""
-        if self.turns[0][0] == "text":
-            return "interleaved"
-        asked = self.turns[0][1].replace(IMAGE, "").strip()
-        many = ", several images" if len(self.images) > 1 else ""
-        if len(self.turns) > 2:
-            found = "conversation"
-        elif asked in BRIEF:
-            found = "caption"
-        else:
-            found = "detailed description" if DETAILED.search(asked) and self.images else "question"
-        return found + (many if self.images else ", text only")
-
-    def pictures(self) -> list[Image.Image]:
-        """RGB images; UnreadableImage names one that cannot be decoded."""
-        return [upright(read, self.key) for read in self.images]
 
 
 @dataclass
@@ -270,50 +212,5 @@ def _decoded(text: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(text)))
 
 
-def _scenes(split: str) -> list[Sample]:
-    """Eight questions about each scene, each about one object; all scenes are asked one before any is asked a second."""
-    seed, asked = scenes.seed_of(split), scenes.questions(split)
-    found = []
-    for turn in range(len(asked[0])):
-        for i, pairs in enumerate(asked):
-            at = (i + turn) % len(pairs)  # the first pair of each scene is about its triangle
-            one = _asked(f"scene {i}: {pairs[at][0]}", seed, i, [pairs[at]])
-            found.append(replace(one, mask=partial(_mask, seed, i, at)))
-    return found
-
-
-def _dialogues(split: str) -> list[Sample]:
-    """The same questions, those about one scene in one conversation, in an order of its own."""
-    seed, asked = scenes.seed_of(split), scenes.questions(split)
-    orders = [np.random.default_rng((seed, i)).permutation(len(pairs)) for i, pairs in enumerate(asked)]
-    return [_asked(f"scene {i}", seed, i, [pairs[at] for at in orders[i]]) for i, pairs in enumerate(asked)]
-
-
-def _asked(key: str, seed: int, i: int, pairs: Sequence[tuple[str, str]]) -> Sample:
-    """Questions and answers about scene i, the image in front of the first."""
-    turns = [turn for question, answer in pairs for turn in (("human", question), ("gpt", answer))]
-    turns[0] = ("human", f"{IMAGE}\n{turns[0][1]}")
-    return Sample(key, tuple(turns), (partial(_drawn, seed, i),))
-
-
-BUILT_IN: dict[str, Callable[[str], list[Sample]]] = {"scenes": _scenes, "scene_dialogues": _dialogues}
-
-
-def _mask(seed: int, i: int, thing: int) -> np.ndarray:
-    return (scenes.scene(seed, i).mask == thing + 1).astype(np.uint8)
-
-
-def _drawn(seed: int, i: int) -> Image.Image:
-    return Image.fromarray(_pixels(seed, i))
-
-
-@lru_cache(DRAWN)
-def _pixels(seed: int, i: int) -> np.ndarray:
-    return scenes.scene(seed, i).image
-
-
 def _name(path: str) -> str:
     return path if path in BUILT_IN or set(path) & set("+*@") else Path(path).stem
-
-
-__all__ = ["Conversations", "Sample", "UnreadableImage", "mixed", "open_conversations"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conversations import IMAGE, Sample
+from .sample import IMAGE, Sample
 
 Piece = tuple[str, bool]
 """Words, and whether they are learned."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .conversations import Conversations, Sample
+from .conversations import Conversations
 from .dialogue import IGNORE, encode, spoken
 from .images import UnreadableImage
+from .sample import Sample
 
 TRIES = 16
 """Stand-ins looked for before an image that cannot be decoded ends the run."""
