@@ -105,7 +105,7 @@ def histogram(found: Mapping[str, tuple[float, np.ndarray]]) -> Any:
         )
         axes.axvline(rate, color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.axvline(rate - shares.std(), color=colour, linestyle=(0, (1, 2)), linewidth=1.6)
-    axes.set(xlabel="expected boundary rate of an image (dashed: rate; dotted: lower bound)", ylabel="images")
+    axes.set(xlabel="expected boundary rate of an image\n(dashed: rate; dotted: lower bound)", ylabel="images")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1))
     return sheet
 

@@ -197,7 +197,7 @@ def _pictures(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Pat
         chosen = [i for i in range(len(images)) if images.key(i) in SHOWN] or list(range(min(len(SHOWN), len(images))))
         for label, pairs in {
             "rates": [(run, chosen[0]) for run in own],
-            "images": [(own[-1], i) for i in chosen],
+            "images": [(min(own, key=lambda run: run.rate), i) for i in chosen],
         }.items():
             strips, captions = zip(*(_strip(run, images, i) for run, i in pairs))
             path = out / f"drip-boundaries-{grid[0]}x{grid[1]}-{label}.png"
