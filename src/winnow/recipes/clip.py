@@ -88,19 +88,23 @@ class Run:
 
 
 def runs(wish: Wish, results: Path) -> Iterator[Run]:
-    """Every training of the experiment, those that others start from first."""
-    for seed in SEEDS:
-        for arm in list(ARMS)[:-1]:
-            yield Run(SCENES, arm, seed)
+    """Every training of the experiment, those that others start from and those that show most first."""
+    *arms, last = ARMS
+    first, *others = SEEDS
+    for arm in arms:
+        yield Run(SCENES, arm, first)
     for arm in TOWERS:
-        weights = folder(results, Run(SCENES, arm, SEEDS[0])) / "last.safetensors"
+        weights = folder(results, Run(SCENES, arm, first)) / "last.safetensors"
         for freeze in FREEZE:
-            yield Run(TUNED, arm, SEEDS[0], (f"model.weights={weights}", f"freeze={freeze}"))
-    for seed in SEEDS:
-        yield Run(SCENES, list(ARMS)[-1], seed)
+            yield Run(TUNED, arm, first, (f"model.weights={weights}", f"freeze={freeze}"))
     if wish.data is not None:
         for arm in PHOTOGRAPHS:
-            yield Run(CIFAR, arm, SEEDS[0])
+            yield Run(CIFAR, arm, first)
+    for seed in others:
+        for arm in arms:
+            yield Run(SCENES, arm, seed)
+    for seed in SEEDS:
+        yield Run(SCENES, last, seed)
 
 
 def folder(results: Path, run: Run) -> Path:
