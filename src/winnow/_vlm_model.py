@@ -1,6 +1,6 @@
 """hf:ID_OR_PATH as a vision-language model with its processor, and what the processor makes of images and questions.
 
-transformers 5. `hf:scenes` is the small one that ships with Winnow; `hf:scenes-untrained`, before it learned to speak.
+transformers 5. `hf:scenes` is the small one that ships with Winnow.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from ._save import Trained
 from ._weights import REDUCER
 from .models import one_line, quiet, reachable_hub
 
-UNTRAINED = "scenes-untrained"
-SHIPPED = dict.fromkeys(("scenes", UNTRAINED), "llava_scenes.hf")
+SHIPPED = {"scenes": "llava_scenes.hf"}
 """Names that stand for a folder in `backbones/`."""
 
 
@@ -86,10 +85,6 @@ def _loaded(spec: str, words: dict[str, Any]) -> tuple[Any, Any, Trained | None,
     with quiet(), no_bars(transformers), reachable_hub():
         processor = one_line(spec, "has no processor that can be read", lambda: made.from_pretrained(name))
         vlm = one_line(spec, "cannot be loaded", lambda: kind.from_pretrained(name, **words))
-        if spec == f"hf:{UNTRAINED}":
-            from .backbones.llava_scenes import forgotten
-
-            vlm = forgotten(vlm)
         signed = vlm.config.__dict__.pop(SIGNED, None)
         trained = Trained(Path(name), parse(signed["method"]), _reducer(name)) if signed else None
     processor.tokenizer.padding_side = "left"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -65,15 +64,6 @@ def fill(tower: Any, vit: VisionTransformer) -> None:
     for name, value in vit.state_dict().items():
         own |= _renamed(name, value, len(tower.layers))
     tower.load_state_dict(own)
-
-
-def forgotten(model: Any, seed: int = 0) -> Any:
-    """The trained model with its tower as it is, projector and language model as they were before they learned."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        fresh = llava_scenes()
-    fresh.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
-    return fresh
 
 
 def _renamed(name: str, value: Tensor, depth: int) -> dict[str, Tensor]:

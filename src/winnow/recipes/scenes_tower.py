@@ -1,15 +1,13 @@
-"""Train the vision tower of the small LLaVA that ships with Winnow, and write the folder its language model starts from.
+"""The vision tower of the small LLaVA that ships with Winnow learns what each patch shows; the first part of scenes_vlm.py.
 
-Winnow's own. `python -m winnow.recipes.scenes_tower --out scenes_start`: about 2 minutes on 1 core. The tower begins with
-the first blocks of vit_scenes. Every patch learns which object it shows, in the layer the projector will read, and the
-class token the colours of all eight objects: patches of vit_scenes itself know colours, and shapes little (docs/log.md).
+Winnow's own. The tower begins with the first blocks of vit_scenes. Every patch learns which object it shows, in the layer
+the projector will read, and the class token the colours of all eight objects: patches of vit_scenes itself know colours,
+and shapes little (docs/log.md).
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.llava_scenes import llava_scenes, save, words
-from ..backbones.vit_scenes import vit_scenes
 from ..data.scenes import COLOURS, SHAPES, SPLITS, Scene, patch_objects, scene
 from .scenes_vit import normalise
 
@@ -49,9 +45,13 @@ class Tower(nn.Module):
         self.asked = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, NOTHING))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.tower(normalise(images), output_hidden_states=True).hidden_states
+        states = self.states(images)
         asked = self.asked(states[-1][:, 0]).unflatten(1, (len(SHAPES), len(COLOURS)))
         return self.dense(states[self.layer][:, 1:]), asked
+
+    def states(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [B, 1 + P, C] of images uint8 [B, 3, 96, 96]."""
+        return self.tower(normalise(images), output_hidden_states=True).hidden_states
 
 
 def draw(split: str, n: int, grid: tuple[int, int]) -> Drawn:
@@ -107,27 +107,3 @@ def accuracy(module: Tower, data: Drawn) -> tuple[float, float]:
     shown = data.patches < NOTHING
     told = (patches.argmax(-1) == data.patches)[shown].float().mean()
     return float(told), float((asked.argmax(-1) == data.colours).float().mean())
-
-
-def main() -> None:
-    """Train, evaluate, write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=4000)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    wish = parser.parse_args()
-    torch.manual_seed(0)
-    model = llava_scenes(vit_scenes(pretrained=True))
-    tower = model.model.vision_tower
-    side = tower.config.image_size // tower.config.patch_size
-    module = Tower(tower, model.config.vision_feature_layer)
-    fit(module, draw("train", wish.scenes, (side, side)), (side, side), wish.steps, wish.batch, wish.rate)
-    patches, colours = accuracy(module, draw("test", 500, (side, side)))
-    print(f"on 500 unseen scenes: {patches:.3f} of the patches of objects, {colours:.3f} of the class token's colours")
-    save(model.eval(), words(), wish.out)
-
-
-if __name__ == "__main__":
-    main()
