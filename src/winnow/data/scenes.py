@@ -6,7 +6,7 @@ Winnow's own. Every answer is in one small object among eight, so averaging all 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -186,13 +186,19 @@ def open_scenes(n: int | None = None, split: str = "test", things: int = 8) -> I
     return Images(
         "scenes",
         [f"scene {i}" for i in range(n)],
-        lambda i: Image.fromarray(scene(seed, i, things).image),
+        lambda i: Image.fromarray(_drawn(seed, i, things)),
         lengths=[things] * n,
         labels=_labels(seed, n, things),
         split=split,
         classes=list(COLOURS),
         mask=lambda i: scene(seed, i, things).mask,
     )
+
+
+@lru_cache(maxsize=6000)
+def _drawn(seed: int, i: int, things: int) -> np.ndarray:
+    """uint8 [96, 96, 3]; drawing takes longer than a small network's step on it, so all splits stay (160 MB)."""
+    return scene(seed, i, things).image
 
 
 def patch_objects(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ Winnow's own; figures of documents 000 and 001 (DRIP, 2025) are marked as theirs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import hypot, sqrt
@@ -16,6 +17,8 @@ import torch
 from .._clip import load_clip
 from .._parse import parse
 from .._reduce import reduced
+from ..data.scenes import COLOURS as COLOURS_OF_SCENES
+from ..data.scenes import captions, open_scenes
 from ..measure.accuracy import Z95
 from ..measure.closed_form import closed_macs, plain_macs
 from ..measure.record import Row, Training
@@ -40,7 +43,7 @@ def page(rows: Sequence[Row]) -> str:
     """The whole page, Markdown."""
     parts = [HEAD]
     for arms in contrasts(rows):
-        parts.append(_title(arms) + table(arms))
+        parts.append(_title(arms) + table(arms) + _guess(arms))
     if figure(rows) is not None:
         parts.append("![Zero-shot accuracy and retrieval against the image tower's cost](clip.svg)\n")
     parts += [_boundaries(rows), _towers(rows), document_table(rows), parts_table(rows)]
@@ -63,6 +66,23 @@ def _title(arms: Sequence[Arm]) -> str:
         f"## `{part.recipe}`: {part.epochs} epochs of {part.steps // part.epochs} steps of {part.batch}\n\n"
         f"Judged on {images}; {len(arms[0].rows)} seed{'s' * (len(arms[0].rows) > 1)}; {machine}.\n\n"
     )
+
+
+def _guess(arms: Sequence[Arm]) -> str:
+    """What a bag of colours would score on scenes, which have names for nothing else."""
+    data = arms[0].rows[0].data
+    if data is None or data.name != "scenes":
+        return ""
+    said, labels = captions(data.n, data.split), open_scenes(data.n, data.split).labels
+    assert labels is not None
+    counts = [Counter(word for word in text.replace(",", "").split() if word in COLOURS_OF_SCENES) for text in said]
+    names = list(COLOURS_OF_SCENES)
+    hits = [(names[label] in (top := _most(count))) / len(top) for count, label in zip(counts, labels)]
+    return GUESS.format(chance=100 / len(names), guess=100 * mean(hits))
+
+
+def _most(counts: Counter[str]) -> list[str]:
+    return [name for name, n in counts.items() if n == max(counts.values())]
 
 
 def table(arms: Sequence[Arm]) -> str:
@@ -214,6 +234,11 @@ results/clip.jsonl --out docs` writes it again from these rows. Documents 000 an
 
 INTERVALS = """Mean ± standard deviation over the seeds, in percent, and a 95 % interval: which images and which seeds, added
 as variances. Tokens are those that enter each block. PatchDropout acts in training only and is judged with every patch.
+"""
+
+GUESS = """
+Zero-shot: the triangle's colour, "a COLOUR triangle", {chance:.1f} % by chance. A model that knows which colours are in a
+scene and not whose they are can name the most frequent one: {guess:.1f} %.
 """
 
 BOUNDARIES = """## Boundaries and objects

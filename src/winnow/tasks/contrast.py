@@ -182,7 +182,8 @@ class Training:
                 lambda tokens: module(None, tokens)["text_features"],
                 self.clip.tokenize, self.classes, self.templates, place.device,
             )  # fmt: skip
-            images, tokens = self._features(module, _Seen(self.named, self.clip.transform), place)
+            if self.named.hash != self.val_pairs.images.hash:
+                images, tokens = self._features(module, _Seen(self.named, self.clip.transform), place)
             logits = images @ classes.T
         right = torch.tensor(self.named.labels, device=place.device)
         five = (logits.topk(min(5, len(self.classes)), -1).indices == right[:, None]).any(-1)
