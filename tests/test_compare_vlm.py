@@ -13,6 +13,7 @@ import torch
 import winnow
 from winnow import (
     CDPruner,
+    DivPrune,
     Downsample,
     EViT,
     Exactly,
@@ -94,6 +95,18 @@ def test_tokens_are_counted_where_they_enter(shipped, prompts, method, entering)
         counted = count_macs(model, {**inputs, "logits_to_keep": 1})
     assert tuple(said.tokens[0].tolist()) == entering and said.owners.shape == (4, 144)
     assert counted == pytest.approx(vlm_macs(model.config, method, int(said.text[0])).total, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FastV(2, Keep(1.0)), Random(Keep(1.0), at="tower"), PruMerge(Keep(1.0)), DivPrune(Keep(1.0)), ToMe(r=0)],
+    ids=repr,
+)
+def test_a_vit_tower_with_nothing_removed_changes_no_bit(shipped, prompts, method):
+    model, inputs = shipped[1], prompts.batch_of([prompts.samples[0], prompts.samples[1]]).inputs
+    plain = model(**inputs).logits
+    with winnow.reduced(model, method):
+        assert torch.equal(model(**inputs).logits, plain)
 
 
 def test_a_count_that_the_image_says_is_told(shipped):
