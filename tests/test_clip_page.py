@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 import winnow
 from winnow import DRIP
+from winnow.cli import main
 from winnow.measure import pack, record
 from winnow.measure.step import measure_pair_step
 from winnow.recipes import _clip_document as document
@@ -127,3 +130,30 @@ def test_a_pairs_step_is_measured_and_leaves_nothing_behind():
     assert set(step.parts_ms) == {"image tower", "text tower", "optimiser"} and step.tokens[-1] < step.tokens[0]
     image = winnow.measure.closed_form.plain_macs(model)
     assert step.plain_macs > image and 1 < step.promised < image / (step.macs - (step.plain_macs - image))
+
+
+def test_a_pairs_step_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("winnow._clip._configured", lambda *_: SMALL)  # no small CLIP has a name
+    monkeypatch.setitem(SMALL["vision_cfg"], "layers", 3)
+    rows = tmp_path / "rows.jsonl"
+    words = [
+        "winnow",
+        "measure",
+        "open_clip:ViT-B-32",
+        "--pair",
+        "--batch",
+        "2",
+        "--results",
+        str(rows),
+        "-m",
+        "DRIP()",
+    ]
+    for more, code in (([], 2), (["--step"], 0)):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as done:
+            main()
+        said = capsys.readouterr()
+        assert done.value.code == code and (
+            "of the step: image tower" in said.out if more else "add --step" in said.err
+        )
+    assert set(document.step_rows(record.read(rows))) == {"clip_b32_drip10"}
