@@ -17,6 +17,7 @@ import winnow
 import winnow.backbones
 from winnow import CurriculumDrop
 from winnow.measure import accuracy_of, record
+from winnow.measure.closed_form import closed_macs
 from winnow.recipes import ctd
 from winnow.recipes._ctd_arms import ablations, arms_of, difference
 from winnow.recipes._ctd_claims import claims_of, claims_over
@@ -33,8 +34,9 @@ def row(method, seed=42, right=0.6, seconds=100.0, train=0.7, tokens=None, n=100
     hits = np.random.default_rng(seed).random(n) < right
     last = float(hits.mean())
     part = record.Training(
-        recipe="ctd", settings={"method": method and repr(method), "seed": seed, "model.drop": 0.1}, epochs=5, steps=50,
-        batch=128, runtime_s=seconds, samples_per_s=1.0, steps_per_s=1.0, loss=1.0, best=last + 0.01, last=last,
+        recipe="ctd", epochs=5, steps=50, batch=128, runtime_s=seconds, samples_per_s=1.0, steps_per_s=1.0, loss=1.0,
+        settings={"method": method and repr(method), "seed": seed, "model.drop": 0.1, "model.num_classes": 100},
+        best=last + 0.01, last=last,
         train_top1=train, gap=train - last, tokens=tokens,
     )  # fmt: skip
     return record.Row(
@@ -155,7 +157,11 @@ def test_page_and_table():
         (line,) = (line for line in text.splitlines() if line.startswith(f"| `seed003_as_{preset}`"))
         assert line.endswith(f"| {fewer} |")
     line = next(line for line in text.splitlines() if line.startswith(f"| `{RUN}` | 3 |"))
-    assert "| 0 min 50 s | 1.50 (1.46 to 1.53) |" in line and line.endswith("| 59 % | 40 30 20 15 |")
+    cost = winnow.reduce(timm.create_model("hybrid_vit_small", num_classes=100), RUN)
+    macs = float(closed_macs(cost, torch.tensor([TOKENS["run"]])))
+    assert "| 0 min 50 s | 1.50 (1.46 to 1.53) |" in line and line.endswith(
+        f"| 59 % | {macs / 1e9:.4f} | 40 30 20 15 |"
+    )
     assert " ± " in line and "| CTD (γ=1.5), theirs | – | 67.53 ± 0.22 |" in text
     assert "### By gamma" in text and "### By saliency" in text and "### By schedule" not in text
     read = list(csv.DictReader(io.StringIO(table(rows()))))

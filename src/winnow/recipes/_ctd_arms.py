@@ -13,13 +13,20 @@ from statistics import harmonic_mean, mean, stdev
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 
 from .._parse import parse
+from .._reduce import reduce
 from ..measure import unpack
 from ..measure.accuracy import Z95
+from ..measure.closed_form import closed_macs, plain_macs
 from ..measure.record import Row, Step, Training
 from ..methods import CurriculumDrop
+from ..models import load_model
 from ..reducer import Method
+
+OPTIONS = "model.options."
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,20 @@ class Arm:
         # some methods drop before block 0: all patches are there at validation only
         patches = [row.counts[0] for row in self.rows if row.counts] + self.tokens[:1]
         return 1 - mean(self.tokens[1:]) / max(patches) if self.tokens else 0.0
+
+    @cached_property
+    def macs(self) -> float | None:
+        """MACs per image of a forward in training, by closed form of the tokens executed, mean over training and seeds."""
+        row, settings = self.rows[0], self.runs[0].settings
+        options = {key: yaml.safe_load(str(value)) for key, value in settings.items() if key.startswith(OPTIONS)}
+        model = load_model(
+            row.model, num_classes=settings.get("model.num_classes"), size=settings.get("augment.size"),  # type: ignore[arg-type]
+            options={key.removeprefix(OPTIONS): value for key, value in options.items()},
+        ).model  # fmt: skip
+        if self.method is None:
+            return plain_macs(model)
+        found = closed_macs(reduce(model.train(), self.method), torch.tensor([self.tokens]))
+        return None if found is None else float(found)
 
     @cached_property
     def hits(self) -> np.ndarray | None:

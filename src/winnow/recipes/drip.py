@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Trained:
     def rate(self) -> float:
         """Of its first stage."""
         return self.method.rate_at(self.method.sites()[0])
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What it does with its validation images."""
+        return look(self, _validation(self))
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def _rates(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]
 
 def _histogram(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]:
     """Expected boundary rate per image, with the rate and the lower bound."""
-    found = {run.name: (run.rate, look(run, _validation(run)).shares) for run in runs}
+    found = {run.name: (run.rate, run.seen.shares) for run in runs}
     made = _both(figures.histogram(found), out / "drip-shares")
     return SHARES, made
 
@@ -174,7 +180,7 @@ def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path
         if not _masked(run):
             continue
         images = _validation(run)
-        seen, before = look(run, images), look(untrained(run), images)
+        seen, before = run.seen, untrained(run).seen
         things = np.stack([patch_objects(images.mask(i), seen.grid) for i in range(len(images))])  # type: ignore[arg-type]
         kinds = {"learned": seen.owners, "untrained": before.owners, **objects.rivals(seen.owners)}
         found[run.name] = {kind: objects.intervals(owners, things) for kind, owners in kinds.items()}
