@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,10 @@ def _no_curves(monkeypatch):
 def test_stage_one_moves_the_projector_and_stage_two_the_language_model_too(folder, recipe_file, tmp_path):
     row = run(recipe_file, tmp_path / "one", "instruct.train.llm=false")
     assert changed(folder, tmp_path / "one" / "last") == {"projector"}
+    (*_, checkpoint) = sorted((tmp_path / "one" / "checkpoints").iterdir())
+    assert all("projector" in key for key in load_file(checkpoint / "task.safetensors")), (
+        "what is frozen is not written"
+    )
     assert row.train.steps == 2 and row.data.n == 5 and row.accuracy.value == row.train.last
     again = f"model.name=hf:{tmp_path / 'one' / 'last'}"
     run(recipe_file, tmp_path / "two", again)
@@ -152,19 +157,24 @@ NOISY = (
 )
 
 
-def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monkeypatch):
-    run(recipe_file, tmp_path / "whole", *NOISY)
+def cut(monkeypatch, step: int, act) -> None:
+    """A signal arrives during that step of a run, which saves and stops."""
     advance = Stepper.advance
 
-    def cut(self, step, *args):
-        if step == 2:
+    def advancing(self, at, *args):
+        if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return advance(self, step, *args)
+        return advance(self, at, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "advance", cut)
+        patch.setattr(Stepper, "advance", advancing)
         with pytest.raises(Stopped):
-            run(recipe_file, tmp_path / "cut", *NOISY)
+            act()
+
+
+def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monkeypatch):
+    run(recipe_file, tmp_path / "whole", *NOISY)
+    cut(monkeypatch, 2, partial(run, recipe_file, tmp_path / "cut", *NOISY))
     assert len(lines(tmp_path / "cut")) == 3
     run(recipe_file, tmp_path / "cut", *NOISY, resume=True)
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
@@ -191,3 +201,12 @@ def test_two_processes_are_one(recipe_file, tmp_path):
             assert b["top1"] == a["top1"]
         if a["event"] == "epoch":
             assert b["val"] == pytest.approx(a["val"], rel=1e-4) and b["val_tokens"] == a["val_tokens"]
+
+
+def test_a_frozen_language_model_is_there_after_a_resume(recipe_file, tmp_path, monkeypatch):
+    sets = ("instruct.train.llm=false", "epochs=2")
+    run(recipe_file, tmp_path / "whole", *sets)
+    cut(monkeypatch, 1, partial(run, recipe_file, tmp_path / "cut", *sets))
+    run(recipe_file, tmp_path / "cut", *sets, resume=True)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert not changed(tmp_path / "cut" / "last", tmp_path / "whole" / "last")

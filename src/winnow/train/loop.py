@@ -34,6 +34,8 @@ from .task import Scores, Task, task_of
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 """State dicts under the model's own names, whatever wraps it."""
+LEARNED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+"""The same without what does not learn: a frozen language model is not written at every checkpoint."""
 
 
 def train(
@@ -226,7 +228,7 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of now."""
         stepper = self.stepper
-        weights: dict[str, Any] = {"task": dcp.get_model_state_dict(stepper.wrapped, options=WHOLE)}
+        weights: dict[str, Any] = {"task": dcp.get_model_state_dict(stepper.wrapped, options=LEARNED)}
         if stepper.ema is not None:
             weights["ema"] = stepper.ema.state_dict()
         state = {
@@ -246,7 +248,7 @@ class Loop:
             raise ValueError(f"{self.out} has no sound checkpoint: start without --resume, into another --out")
         check_same(found.state["recipe"], self.recipe)
         stepper = self.stepper
-        dcp.set_model_state_dict(stepper.wrapped, dict(found.weights["task"]), options=WHOLE)
+        dcp.set_model_state_dict(stepper.wrapped, dict(found.weights["task"]), options=LEARNED)
         dcp.set_optimizer_state_dict(stepper.wrapped, stepper.optimizer, found.state["optimizer"], options=WHOLE)
         if stepper.ema is not None:
             stepper.ema.load_state_dict(found.weights["ema"])
