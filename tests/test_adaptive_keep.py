@@ -49,6 +49,7 @@ VALUES = [
     AdaptiveKeep(fuse="after", train="zero", cls=False),
     AdaptiveKeep(select="sequential"),
     AdaptiveKeep(fuse="after", cls=True),
+    AdaptiveKeep(context=True, head="dot"),
     AdaptiveKeep.seed004(),
 ]
 KINDS = [AdaptiveKeep(), AdaptiveKeep(fuse="after", text=True), AdaptiveKeep.seed004()]

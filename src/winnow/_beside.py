@@ -23,9 +23,7 @@ def enter(slot: Slot, *args: Any, begin: Callable[..., Tensor], **words: Any) ->
     seat: Any = slot.seat
     x = begin(slot, *args, **words)
     n = x.shape[1] - seat.vlm.tower.setting.prefix
-    question = asked(seat, len(x), n) if "question" in seat.facts.needs else None
-    place = partial(seat.vlm.place, slot.module)
-    token = seat.reducer.token(seat.budget(len(x), n), n, len(x), place, question)
+    token = seat.reducer.token(seat.budget(len(x), n), n, len(x), partial(seat.vlm.place, slot.module))
     return torch.cat([x, token[:, None].to(x.dtype)], 1)
 
 
@@ -68,7 +66,7 @@ def among(slot: Slot, x: Tensor, *args: Any, first: bool, last: bool, gives: boo
 
 
 def asked(seat: Any, images: int, n: int) -> tuple[Tensor, Tensor]:
-    """Embeddings [I, L, D] of the prompt each image of n tokens is part of, and [I, L] True on what is asked.
+    """Embeddings [I, L, D] of the words asked about each image of n tokens, and [I, L] False where a row is filled up.
 
     What is answered (the labels) and the image's own places are not asked; ValueError where no prompt is known.
     """
@@ -87,5 +85,6 @@ def asked(seat: Any, images: int, n: int) -> tuple[Tensor, Tensor]:
         text = text & mask[:, -ids.shape[1] :].bool()
     if labels is not None:
         text = text & (labels == -100)
-    words = seat.vlm.llm.get_input_embeddings()(ids.masked_fill(here, 0)).detach()
-    return words.repeat_interleave(each, 0), text.repeat_interleave(each, 0)
+    index = (~text).int().argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
+    words = seat.vlm.llm.get_input_embeddings()(ids.gather(1, index)).detach()
+    return words.repeat_interleave(each, 0), text.gather(1, index).repeat_interleave(each, 0)

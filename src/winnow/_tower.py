@@ -147,7 +147,7 @@ def _signals(seat: Any, images: int, n: int) -> Signals:
         found["budget"] = seat.budget(images, n)
     if seat.now.token is not None:
         found["token"] = seat.now.token[:, 0]
-    elif "question" in needs:
+    if "question" in needs:
         found["question"] = asked(seat, images, n)
     if seen is not None:
         if seen.k.shape[2] != n + prefix:

@@ -78,7 +78,7 @@ class Signals:
     token: Tensor | None = None
     """[B, C] what became of the reducer's own token in the layer that is read."""
     question: tuple[Tensor, Tensor] | None = None
-    """[B, L, D] embeddings of the prompt in the language model, and [B, L] True on what is asked."""
+    """[B, L, D] the language model's embeddings of the words asked, and [B, L] False where a row is filled up."""
     text_row: Tensor | None = None
     """[B, H, N] attention the asking rows of the prompt pay to each image token; at "llm" only."""
     seen: Tensor | None = None
@@ -246,6 +246,10 @@ class Reducer(nn.Module):
 
     def macs(self, n: int, layer: int, setting: Setting) -> float:
         """MACs per image this reducer itself spends at `layer` on n tokens (0 where it multiplies no matrices)."""
+        return 0.0
+
+    def asking(self, n: int, text: int) -> float:
+        """MACs per image of what it makes of `text` words that are asked, for n tokens."""
         return 0.0
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from ._options import Json
 from ._progress import Progress
 
 NAME = "report"
-DOCUMENTS = ("clip", "ctd", "drip", "seed001-flops", "seed002")
+DOCUMENTS = ("adaptive", "clip", "ctd", "drip", "seed001-flops", "seed002")
 """Recipes of the documents' experiments, which `winnow report NAME` runs and writes up."""
 
 

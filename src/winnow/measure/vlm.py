@@ -135,18 +135,16 @@ def _method_plan(tower: Tower, llm: Decoder, method: Method, text: int, left: in
         raise ValueError(f"{method} acts inside the vision tower, whose blocks need the whole grid here")
     method.check(setting)
     reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
-    asks = "question" in facts.needs
-    if asks:
+    if "question" in facts.needs:
         reducer.meet(llm.width)
     if facts.where == "tower":
         n = setting.patches
         assert n is not None
         kept = method.count(n, 0, n) if left is None else left
         read, wide = (n, tower.widths[-1]) if "projected" in facts.needs else (kept, setting.width)
-        own = reducer.macs(n, 0, replace(setting, width=wide, prefix=tower.prefix))
+        own = reducer.macs(n, 0, replace(setting, width=wide, prefix=tower.prefix)) + reducer.asking(n, text)
         if facts.needs & {"token", "token_read"}:
             own += tower.beside(read="token_read" in facts.needs)
-        own += asks * 2 * (text + tower.tokens) * llm.width  # the prompt's weighted mean
         return _Plan(every, _read(tower, read), (kept,) * llm.depth, own)
     counts = method.counts(setting)
     between = facts.where == "between"

@@ -43,6 +43,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "join": ("attention", "concat"),
     "text": (True, False),
     "conditioned": (True, False),
+    "context": (True, False),
 }
 
 
@@ -71,7 +72,7 @@ class AdaptiveKeep(Method):
     train: str = "gather"
     """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero")."""
     text: bool = False
-    """The question joins the budget: the language model's own embeddings of the prompt, as the caller gives it."""
+    """Patches are ranked for the question, too: the language model's embeddings of the prompt as the caller gives it."""
     conditioned: bool = True
     """False: patches are ranked alike under every budget."""
     place: str = "last"
@@ -79,6 +80,8 @@ class AdaptiveKeep(Method):
     """Of the budget token in the tower: learned, or "borrowed" from the last patch."""
     join: str = "attention"
     """fuse="after": the budget asks all patches (cross-attention), or stands beside each alone ("concat")."""
+    context: bool = False
+    """Patches ask each other before they are ranked, so that one of several that show the same may do for all."""
 
     presets = ("seed004",)
     """Class methods that are spelled like methods: `AdaptiveKeep.seed004()`."""
@@ -177,12 +180,13 @@ class AdaptiveKeepReducer(Reducer):
         if method.fuse == "encoder" and method.position == "own":
             self.budget_pos_embed = nn.Parameter(SPREAD * torch.randn(1, 1, width))
         self.cross = Cross(width, heads) if method.fuse == "after" and method.join == "attention" else None
+        self.context = Cross(width, heads) if method.context else None
         self.question: Question | None = None
-        self.width = width
+        self.width, self.heads = width, heads
 
     def meet(self, width: int) -> None:
         """The language model has so many channels."""
-        self.question = Question(width, self.width)
+        self.question = Question(width, self.width, self.heads)
 
     def amounts(self, n: int, images: int, draw: Tensor | None) -> int | Tensor:
         """Patches to keep: of a budget that is set, or of a draw between the bounds, or of the upper one."""
@@ -202,22 +206,16 @@ class AdaptiveKeepReducer(Reducer):
         found = self.method.left(self.method.budget_max if self.budget is None else self.budget, n)
         return int(found.max()) if isinstance(found, Tensor) else found
 
-    def token(
-        self, budget: int | Tensor, n: int, images: int, place: Callable[[], Tensor],
-        question: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:  # fmt: skip
+    def token(self, budget: int | Tensor, n: int, images: int, place: Callable[[], Tensor]) -> Tensor:
         """[I, C] the budget token as it enters the tower; `place` gives the position of the last patch [C]."""
         own = self.method.position == "own"
-        return self._told(budget, n, images, question) + (self.budget_pos_embed[:, 0] if own else place().detach())
+        return self._told(budget, n, images) + (self.budget_pos_embed[:, 0] if own else place().detach())
 
-    def _told(self, budget: int | Tensor, n: int, images: int, question: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[I, C] the budget, and the question where it is read."""
+    def _told(self, budget: int | Tensor, n: int, images: int) -> Tensor:
+        """[I, C] the budget's embedding."""
         device = self.budget_embedding.out.weight.device
         share = torch.as_tensor(budget if self.method.conditioned else n, device=device).double() / n
-        told = self.budget_embedding(share.expand(images))
-        if self.question is None or question is None:
-            return told
-        return told + self.question(*question)
+        return self.budget_embedding(share.expand(images))
 
     def forward(self, tokens: Tokens, signals: Signals, layer: int) -> Tokens:
         n, images = tokens.n, len(tokens.x)
@@ -242,8 +240,11 @@ class AdaptiveKeepReducer(Reducer):
             assert signals.token is not None, "the core fills what Facts.needs asks for"
             known = signals.token
         else:
-            known = self._told(budget, tokens.n, len(seen), signals.question)
-            known = known if self.cross is None else self.cross(known, seen, valid)
+            known = self._told(budget, tokens.n, len(seen))
+            known = known if self.cross is None else self.cross(known[:, None], seen, valid)[:, 0]
+        if self.question is not None and signals.question is not None:
+            seen = self.question(seen, *signals.question)
+        seen = seen if self.context is None else self.context(seen, seen, valid)
         patches = tokens.ledger.owner.shape[1]
         indexed = self.method.head == "index" and patches == self.patches
         at = tokens.ledger.first().clamp_max(patches - 1) if indexed else None
@@ -264,51 +265,53 @@ class AdaptiveKeepReducer(Reducer):
         return _packed(tokens, kept.detach() > 0.5, budget, more)
 
     def macs(self, n: int, layer: int, setting: Setting) -> float:
-        """Embedding, cross-attention and head; the budget token's way through the tower and the prompt's mean apart."""
+        """Embedding, attentions and head; the budget token's way through the tower and the question apart."""
         found = self.budget_embedding.macs() + self.vision_token_controller.logit_head.macs(n)
-        found += 0.0 if self.cross is None else self.cross.macs(n)
-        return found + (0.0 if self.question is None else self.question.macs())
+        found += 0.0 if self.cross is None else self.cross.macs(1, n)
+        return found + (0.0 if self.context is None else self.context.macs(n, n))
+
+    def asking(self, n: int, text: int) -> float:
+        return 0.0 if self.question is None else self.question.macs(n, text)
 
 
 class Cross(nn.Module):
-    """The budget asks the patches: one attention, added to it."""
+    """One attention to all patches, added to what asks."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query, self.pair, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def forward(self, budget: Tensor, patches: Tensor, valid: Tensor | None) -> Tensor:
-        """[B, C] and [B, N, C] -> [B, C]"""
+    def forward(self, asking: Tensor, patches: Tensor, valid: Tensor | None) -> Tensor:
+        """[B, M, C] and [B, N, C] -> [B, M, C]"""
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        k, v = self.pair(F.layer_norm(patches, patches.shape[-1:])).chunk(2, -1)
+        asking, patches = (F.layer_norm(x, x.shape[-1:]) for x in (asking, patches))
+        k, v = self.pair(patches).chunk(2, -1)
         bias = None if valid is None else valid.float().log()
-        found = attend(split(self.query(budget)[:, None]), split(k), split(v), bias)
-        return budget + self.out(found.transpose(1, 2).flatten(2))[:, 0]
+        found = attend(split(self.query(asking)), split(k), split(v), bias)
+        return asking + self.out(found.transpose(1, 2).flatten(2))
 
-    def macs(self, n: int) -> float:
-        """On n patches."""
+    def macs(self, m: int, n: int) -> float:
+        """Of m that ask n patches."""
         width = self.out.out_features
-        return 2 * width**2 + 2 * n * width**2 + 2 * n * width
+        return 2 * (m + n) * width**2 + 2 * m * n * width
 
 
 class Question(nn.Module):
-    """The prompt as one vector: a mean of its tokens' embeddings, weighted as is learned (evenly at first)."""
+    """Patches ask the words of the prompt: one attention, so that a patch can match one word among many."""
 
-    def __init__(self, wide: int, width: int) -> None:
+    def __init__(self, wide: int, width: int, heads: int) -> None:
         super().__init__()
-        self.weight, self.out = nn.Linear(wide, 1, bias=False), nn.Linear(wide, width)
-        nn.init.zeros_(self.weight.weight)
+        self.words, self.cross = nn.Linear(wide, width), Cross(width, heads)
 
-    def forward(self, words: Tensor, real: Tensor) -> Tensor:
-        """[B, L, D] and [B, L] -> [B, C]"""
-        words = F.layer_norm(words.to(self.out.weight.dtype), words.shape[-1:])
-        share = self.weight(words)[..., 0].masked_fill(~real, float("-inf")).softmax(1)
-        return self.out((share[:, None] @ words)[:, 0])
+    def forward(self, patches: Tensor, words: Tensor, real: Tensor) -> Tensor:
+        """[B, N, C], words [B, L, D] of which some are `real` [B, L] -> [B, N, C]"""
+        words = F.layer_norm(words.to(self.words.weight.dtype), words.shape[-1:])
+        return self.cross(patches, self.words(words), real)
 
-    def macs(self) -> float:
-        """Of one prompt, its mean apart."""
-        return self.out.weight.numel()
+    def macs(self, n: int, text: int) -> float:
+        """Of n patches that ask `text` words."""
+        return text * self.words.weight.numel() + self.cross.macs(n, text)
 
 
 def _packed(tokens: Tokens, keep: Tensor, budget: int | Tensor, more: dict[str, Tensor]) -> Tokens:

@@ -1,0 +1,254 @@
+"""The page of recipes/adaptive.py: document 004's three parts, ablations, paired tests, curve and pictures, from rows.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import winnow
+
+from .._parse import parse
+from .._save import trained_reducer
+from ..data.scenes import SPLITS, scene
+from ..measure import record
+from ..measure.accuracy import mcnemar, unpack
+from ..methods import BASELINES, AdaptiveKeep
+from ..parts.amount import Keep
+from ..view import files
+from ..view.overlay import picture
+
+Found = dict[str, dict[float, record.Row]]
+"""By name, by budget."""
+TESTED = (0.125, 0.0625)
+SHOWN, CELL = (3, 11), 160
+"""Scenes of the pictures, and the height of one in pixels."""
+HEAD = """# Adaptive pruning under a budget
+
+Document 004 in small: controllers that learn, from the language model's loss alone, which of the {n} patches of a scene to
+hand on under a budget; everything else of `{model}` is frozen. Each is trained once ({steps} steps) and serves every
+budget. {questions} questions about unseen scenes, each about one of eight small objects. Command (what the results file
+lacks is trained and asked):
+
+```
+winnow report adaptive --out docs
+```
+"""
+
+
+def written(
+    rows: Sequence[record.Row], main: Sequence[str], ablations: Sequence[str], budgets: Sequence[float], out: Path
+) -> list[Path]:
+    """OUT/adaptive.md and OUT/adaptive.png from rows."""
+    asked = [row for row in rows if row.task == "compare-vlm"]
+    trained = {row.train.recipe: row for row in rows if row.train is not None}
+    plain = next(row for row in asked if row.role == "plain")
+    ours = {arm: _of(asked, trained[arm], budgets) for arm in (*main, *ablations) if arm in trained}
+    others = _others(asked, budgets)
+    steps = max(row.train.steps for row in trained.values() if row.train)
+    head = HEAD.format(model=plain.model, steps=steps, questions=plain.data.n if plain.data else 0, n=_patches(plain))
+    parts = [
+        head,
+        _phases(ours, plain, budgets),
+        _curves(ours, others, plain, main, budgets),
+        _tests(ours, others, main),
+    ]
+    parts.append(_ablations(ours, ablations))
+    chart = files.encode(figure({name: ours[name] for name in main if name in ours} | others, plain), "png")
+    made = [files.write(out / "adaptive.png", chart)]
+    return [files.write(out / "adaptive.md", "\n".join(part for part in parts if part).encode()), *made]
+
+
+def _of(rows: Sequence[record.Row], training: record.Row, budgets: Sequence[float]) -> dict[float, record.Row]:
+    """What the controller of a training answered, by budget."""
+    return {
+        budget: row
+        for row in rows
+        if row.weights == training.weights and row.method
+        for budget in budgets
+        if parse(row.method) == parse(training.method or "").leaving(Keep(budget))
+    }
+
+
+def _others(rows: Sequence[record.Row], budgets: Sequence[float]) -> Found:
+    """Methods that learn nothing, by name and budget."""
+    found: Found = {}
+    for row in rows:
+        method = parse(row.method) if row.method else None
+        if method is None or isinstance(method, AdaptiveKeep):
+            continue
+        budget = next((one for one in budgets if method == method.leaving(Keep(one))), None)
+        if budget is not None:
+            found.setdefault(type(method).__name__, {})[budget] = row
+    return found
+
+
+def _patches(plain: record.Row) -> int:
+    return plain.vlm.image_tokens[0] if plain.vlm else 0
+
+
+def _phases(ours: Found, plain: record.Row, budgets: Sequence[float]) -> str:
+    """Parts one and two: one checkpoint of each fusion, all budgets."""
+    text = ["## Phase 1 and phase 2: one checkpoint, every budget\n"]
+    text.append("Phase 1 joins the budget behind the tower, phase 2 sends it through the tower as one more token.\n")
+    names = {"after": 'phase 1 (`fuse="after"`)', "encoder": 'phase 2 (`fuse="encoder"`)'}
+    text.append(_table({names[key]: ours[key] for key in names if key in ours}, plain, budgets))
+    first, second = ours.get("after", {}), ours.get("encoder", {})
+    both = [budget for budget in TESTED if budget in first and budget in second]
+    told = "; ".join(f"{_share(budget, plain)}: {_test(second[budget], first[budget])}" for budget in both)
+    return "\n".join([*text, "", f"Phase 2 against phase 1, paired: {told}." if told else "", ""])
+
+
+def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], budgets: Sequence[float]) -> str:
+    """Part three: everything at equal budgets."""
+    shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
+    text = ["## All methods at equal budgets\n", "Top-1 in %, and in brackets the GMACs up to the first token. "]
+    text += ["FastV drops inside the language model, the others before it.\n", _table(shown | others, plain, budgets)]
+    return "\n".join([*text, "", "![Accuracy against multiply-adds](adaptive.png)", ""])
+
+
+def _table(found: Found, plain: record.Row, budgets: Sequence[float]) -> str:
+    heads = ["", "N", *(_share(budget, plain) for budget in budgets)]
+    lines = [f"| {' | '.join(heads)} |", "|:--|" + "--:|" * (len(heads) - 1)]
+    for name, rows in found.items():
+        cells = [_cell(plain), *(_cell(rows.get(budget)) for budget in budgets)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(budget: float, plain: record.Row) -> str:
+    return f"{Keep(budget).count(_patches(plain))} of {_patches(plain)}"
+
+
+def _cell(row: record.Row | None) -> str:
+    if row is None or row.accuracy is None or row.accuracy.value is None or row.macs is None:
+        return "–"
+    return f"{100 * row.accuracy.value:.1f} ({row.macs.per_image / 1e9:.3f})"
+
+
+def _test(ours: record.Row, theirs: record.Row) -> str:
+    wins, losses, p = mcnemar(_hits(ours), _hits(theirs))
+    return f"{wins} won, {losses} lost, p = {p:.2g}"
+
+
+def _hits(row: record.Row) -> np.ndarray:
+    assert row.accuracy is not None and row.data is not None
+    return unpack(row.accuracy.hits, row.data.n)
+
+
+def _tests(ours: Found, others: Found, main: Sequence[str]) -> str:
+    """Each controller against the best method without training and the best trivial baseline, question by question."""
+    trivial = {kind.__name__ for kind in BASELINES}
+    lines = ["## Paired tests\n", "Exact McNemar test on the same questions.\n"]
+    lines += ["| controller | budget | best without training | | best trivial | |", "|:--|--:|:--|:--|:--|:--|"]
+    for name in main:
+        for budget, row in ours.get(name, {}).items():
+            if budget not in TESTED:
+                continue
+            cells = [f"{name}: {_right(row)}", f"1/{round(1 / budget)}"]
+            for wanted in (False, True):
+                rivals = {
+                    other: rows[budget]
+                    for other, rows in others.items()
+                    if (other in trivial) == wanted and budget in rows
+                }
+                best = max(rivals, key=lambda other: float(_hits(rivals[other]).mean()), default=None)
+                cells += ["–", "–"] if best is None else [f"{best} {_right(rivals[best])}", _test(row, rivals[best])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _right(row: record.Row | None) -> str:
+    return "–" if row is None else f"{100 * float(_hits(row).mean()):.1f}"
+
+
+def _ablations(ours: Found, ablations: Sequence[str]) -> str:
+    """One setting changed at a time, at the small budgets."""
+    rows = {name: ours[name] for name in ("after", "encoder", *ablations) if name in ours}
+    if not set(rows) & set(ablations):
+        return ""
+    lines = [
+        "## One setting changed\n",
+        "From `after`, or `encoder` where it says so; without the question. Top-1 in %.\n",
+    ]
+    lines += ["| | " + " | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " |", "|:--|--:|--:|"]
+    for name, found in rows.items():
+        lines.append(f"| `{name}` | " + " | ".join(_right(found.get(budget)) for budget in TESTED) + " |")
+    return "\n".join([*lines, ""])
+
+
+def figure(found: Found, plain: record.Row) -> Any:
+    """Accuracy against multiply-adds, one line per method."""
+    from matplotlib.figure import Figure
+
+    chart = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = chart.subplots()
+    for name, rows in found.items():
+        ordered = [*(rows[budget] for budget in sorted(rows)), plain]
+        x = [row.macs.per_image / 1e9 for row in ordered if row.macs]
+        y = [100 * row.accuracy.value for row in ordered if row.accuracy and row.accuracy.value is not None]
+        learned = name[0].islower()
+        axes.plot(x, y, marker="o", ms=4, lw=2 if learned else 1, ls="-" if learned else "--",
+                  label=f"AdaptiveKeep, {name}" if learned else name)  # fmt: skip
+    axes.set(xlabel="GMACs up to the first token", ylabel="right answers in %")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return chart
+
+
+@torch.inference_mode()
+def pictures(loaded: tuple[Any, Any], runs: Mapping[str, Path], out: Path) -> list[Path]:
+    """OUT/adaptive-kept-*.png: of two scenes, what each controller keeps by budget, and by question where it is asked."""
+    processor, model = loaded
+    made = []
+    for name, path in runs.items():
+        trained = trained_reducer(path)
+        if trained is None or trained.method is None:
+            continue
+        trained.reduce(model, trained.method)
+        try:
+            strips = [_strip(processor, model, number, trained.method.facts.needs) for number in SHOWN]
+        finally:
+            winnow.restore(model)
+        wide = max(strip.shape[1] for strip in strips)
+        strips = [np.pad(strip, ((0, 6), (0, wide - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
+        kind = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
+        made.append(files.write(out / f"adaptive-kept-{kind}.png", _png(np.concatenate(strips))))
+    return made
+
+
+def _strip(processor: Any, model: Any, number: int, needs: frozenset[str]) -> np.ndarray:
+    """One scene: budgets of 1/2, 1/8 and 1/16 with one question; or 1/16 with four."""
+    from .._vlm_model import ask
+
+    shown = scene(SPLITS["test"][0], number)
+    asks = [question for question, _ in shown.questions]
+    wishes = (
+        [(0.0625, one) for one in asks[:4]] if "question" in needs else [(b, asks[0]) for b in (0.5, 0.125, 0.0625)]
+    )
+    owners, grid = [], (1, 1)
+    for budget, question in wishes:
+        from PIL import Image
+
+        inputs = ask(processor, [[Image.fromarray(shown.image)]], [question])
+        with winnow.budget(model, budget), winnow.watch(model) as run:
+            model(**inputs, logits_to_keep=1)
+        owners.append(run.ledger.owner[0].numpy())
+        grid = run.grid or grid
+    return picture(shown.image, owners, grid, cell=CELL)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
