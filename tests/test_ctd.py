@@ -87,6 +87,11 @@ def test_patches_dropped_before_the_first_block_count():
     assert arm.drop == 0.5
 
 
+def test_a_block_executes_what_it_gets_where_the_method_acts_between_blocks():
+    arm = arms_of([row(winnow.DRIP(rate=0.5), tokens=[64, 64, 40, 40, 40])])[0][0]
+    assert arm.executed == [64, 64, 40, 40] and arm.drop == pytest.approx(1 - 52 / 64)
+
+
 def test_differences_are_paired_and_widen_with_the_seeds():
     (arms,) = arms_of(rows())
     plain, run = arms[0], next(arm for arm in arms if arm.method == RUN)

@@ -81,11 +81,17 @@ class Arm:
         return np.mean(found, 0).tolist() if found else []
 
     @property
+    def executed(self) -> list[float]:
+        """Patch tokens of each block: those it leaves, or where the method acts between blocks, those it gets."""
+        inside = self.method is None or self.method.facts.where == "block"
+        return self.tokens[1:] if inside else self.tokens[:-1]
+
+    @property
     def drop(self) -> float:
         """Share of the patches that the blocks did not execute, mean over training."""
         # some methods drop before block 0: all patches are there at validation only
         patches = [row.counts[0] for row in self.rows if row.counts] + self.tokens[:1]
-        return 1 - mean(self.tokens[1:]) / max(patches) if self.tokens else 0.0
+        return 1 - mean(self.executed) / max(patches) if self.tokens else 0.0
 
     @cached_property
     def macs(self) -> float | None:

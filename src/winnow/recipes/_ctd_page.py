@@ -44,10 +44,10 @@ def _head() -> str:
 Every figure is computed from result rows, except document 003's own, which are marked "theirs": one run on an Apple M2 Pro.
 Validation is the last epoch's (the document gives its best epoch's), ± standard deviation over seeds; final train is
 the last epoch's own steps, augmentation and dropping included; mean drop is the share of patches that the blocks did
-not execute, over all of training; tokens are those after each block, mean over training, and GMAC is what they cost in
-one image's forward, by closed form. Training time is the trainings' own, one after another on a machine that did other
-work too: it is no comparison. Speed is: a step at each epoch's progress, timed in turn with the plain model's in one
-process; plain time / time over all epochs, 95 % interval.
+not execute, over all of training; tokens are those each block leaves (or gets, where a method acts between blocks),
+mean over training, and GMAC is what they cost in one image's forward, by closed form. Training time is the trainings'
+own, one after another on a machine that did other work too: it is no comparison. Speed is: a step at each epoch's
+progress, timed in turn with the plain model's in one process; plain time / time over all epochs, 95 % interval.
 A claim is judged by the longest experiment that has rows for it; of accuracy only where both sides have several seeds."""
 
 
@@ -122,7 +122,7 @@ def _cells(arm: Arm) -> list[str]:
         _spread(arm.each(lambda run: run.gap)),
         f"{100 * arm.drop:.0f} %",
         "–" if arm.macs is None else f"{arm.macs / 1e9:.4f}",
-        " ".join(f"{n:.3g}" for n in arm.tokens[1:]) or "all",
+        " ".join(f"{n:.3g}" for n in arm.executed) or "all",
     ]
 
 
