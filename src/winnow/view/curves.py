@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from winnow._parse import parse
 from winnow.measure.record import Row
 from winnow.view import files
 from winnow.view.cells import at, family, gmac, groups, name, percent, things, top1
@@ -100,11 +101,21 @@ def _largest(rows: Sequence[Row]) -> int | None:
     return max((one.batch for row in rows for one in row.latency), default=None)
 
 
+def line(row: Row) -> str:
+    """What one line of a chart joins: rows whose methods differ in their amount alone."""
+    try:
+        method: Any = parse(row.method or "")
+        keep = method.__dataclass_fields__.get("keep")
+        return family(row) if keep is None else repr(replace(method, keep=keep.default)).removesuffix("()")
+    except (ValueError, TypeError):  # a spelling of another Winnow, or settings that go with other amounts
+        return family(row)
+
+
 def _lines(axes: Any, found: list[Point]) -> None:
     counts = {"method": 0, "baseline": 0}
-    families = dict.fromkeys((point.row.role, family(point.row)) for point in found if point.row.role != "plain")
+    families = dict.fromkeys((point.row.role, line(point.row)) for point in found if point.row.role != "plain")
     for role, kind in sorted(families, key=lambda key: key[0] == "baseline"):
-        mine = sorted((p for p in found if (p.row.role, family(p.row)) == (role, kind)), key=lambda p: p.x)
+        mine = sorted((p for p in found if (p.row.role, line(p.row)) == (role, kind)), key=lambda p: p.x)
         i, counts[role] = counts[role], counts[role] + 1
         colour = MUTED if role == "baseline" else COLOURS[i % len(COLOURS)]
         dash = {"dashes": DASHES[i % len(DASHES)]} if role == "baseline" else {}

@@ -18,7 +18,7 @@ import numpy as np
 
 from winnow.measure.record import Row
 from winnow.view import curves, files
-from winnow.view.cells import Cell, Group, columns, groups, top1
+from winnow.view.cells import Cell, Group, columns, groups, things, top1
 from winnow.view.overlay import after, spaced
 from winnow.view.summary import sentences
 
@@ -143,7 +143,7 @@ def facts(group: Group) -> list[tuple[str, str]]:
             "data",
             ""
             if data is None
-            else all_of([data.name, data.split, f"{data.n} images", data.hash and f"hash {data.hash}"]),
+            else all_of([data.name, data.split, f"{data.n} {things(rows)}", data.hash and f"hash {data.hash}"]),
         ),
         ("device", f"{first.device}, {first.dtype}"),
         ("machine", all_of([*machine, threads and f"{threads} threads"])),
