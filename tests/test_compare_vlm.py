@@ -93,7 +93,7 @@ def test_tokens_are_counted_where_they_enter(shipped, prompts, method, entering)
     with winnow.reduced(model, method):
         said = answer(model, Prompts(shipped[0], open_conversations("scenes", "test[:4]"), 4))
         counted = count_macs(model, {**inputs, "logits_to_keep": 1})
-    assert tuple(said.tokens[0].tolist()) == entering and said.owners.shape == (4, 144)
+    assert tuple(said.tokens[0].tolist()) == entering and said.owners.shape == (4, 144) and said.grid == (12, 12)
     assert counted == pytest.approx(vlm_macs(model.config, method, int(said.text[0])).total, rel=1e-9)
 
 

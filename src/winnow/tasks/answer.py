@@ -118,7 +118,7 @@ def answer(model: Any, prompts: Prompts, watched: bool = True) -> Said:
                 made = model.generate(**inputs, **words)
             tokens.append(entering(model, run, placed, depth))
             owners.append(_held(model, run).ledger.owner.to(torch.int16).cpu())
-            grid = next((one.grid for one in run.tokens.values() if one.grid), None)
+            grid = next((one.grid for one in run.tokens.values() if one.grid), None) or _square(model, owners[-1])
         else:
             made = model.generate(**inputs, **words)
             tokens.append(placed[:, None].expand(-1, depth))
@@ -140,6 +140,13 @@ def entering(model: nn.Module, run: Any, placed: Tensor, depth: int) -> Tensor:
         n = run.tokens[layer - 1].ledger.counts().cpu() if layer and layer - 1 in run.tokens else n
         found.append(n)
     return torch.stack(found, 1)
+
+
+def _square(model: nn.Module, owner: Tensor) -> tuple[int, int] | None:
+    """The tower's grid, where each prompt has the patches of one image; inside the language model nobody says it."""
+    tower = winnow.reducer_of(model).seat.vlm.tower
+    whole = tower is not None and tower.setting.patches == owner.shape[1]
+    return tower.setting.grid if whole else None
 
 
 def _held(model: nn.Module, run: Any) -> Tokens:
