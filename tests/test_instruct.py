@@ -121,6 +121,10 @@ def test_a_reduced_model_is_saved_and_comes_back_with_one_call(folder, recipe_fi
     again = winnow.load_vlm(f"hf:{tmp_path / 'again'}")[1]
     assert torch.equal(again.generate(**asked, max_new_tokens=5, do_sample=False), first)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="was saved with a reducer"):
+        run(recipe_file, tmp_path / "on", f"model.name=hf:{tmp_path / 'again'}", "batch=8")
+    on = Training(load_recipe(recipe_file, (f"model.name=hf:{tmp_path / 'again'}", f"method={method}"))).model
+    assert all(torch.equal(value, on.state_dict()[name]) for name, value in model.state_dict().items())
     plain = winnow.load_vlm(f"hf:{tmp_path / 'again'}", reduced=False)[1]
     assert not hasattr(plain, "reducer") and not hasattr(winnow.restore(again).config, "winnow")
 

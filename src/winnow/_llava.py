@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ._hf_model import no_bars
 from ._llava_new import PROJECTORS, new_llava, resized
-from ._vlm_model import load_vlm
+from ._save import Trained
+from ._vlm_model import bare_vlm
 from ._weights import file_hash, fit, read_weights, state_hash, without_reducer
 
 PARTS = ("vision", "projector", "llm", "reducer")
@@ -41,6 +42,8 @@ class Llava:
     """Placeholders of an image in the sequence."""
     size: tuple[int, int]
     """Height and width in pixels of what the tower sees."""
+    trained: Trained | None = None
+    """The reducer that was saved with it, left out of the model."""
 
     @property
     def image_token(self) -> str:
@@ -72,6 +75,7 @@ def load_llava(
     either format; layer: the hidden state it reads; size: pixels of the images, the tower's positions are resampled.
     ValueError or FileNotFoundError, one line, where anything is absent or does not fit.
     """
+    trained = None
     new, file = (projector or "mlp", None) if projector in (None, *PROJECTORS) else ("mlp", Path(str(projector)))
     if vision is not None:
         words = {"weights": vision_weights, "projector": new, "layer": layer, "seed": seed}
@@ -79,7 +83,7 @@ def load_llava(
     elif projector in PROJECTORS or vision_weights is not None:
         raise ValueError(f"{spec} has a tower and a projector: a new one of either needs the name of a tower (vision)")
     else:
-        processor, model = load_vlm(spec, dtype=torch.float32, reduced=False)
+        processor, model, trained = bare_vlm(spec, dtype=torch.float32)
     parts_of(model)
     if size is not None:
         resized(processor, model, size)
@@ -103,7 +107,7 @@ def load_llava(
         )
     with torch.no_grad():
         features = model.get_image_features(pixel_values=torch.zeros_like(pixels[:1])).pooler_output[0]  # type: ignore[operator]
-    return Llava(model, processor, spec, hashed, len(features), tuple(pixels.shape[-2:]))  # type: ignore[arg-type]
+    return Llava(model, processor, spec, hashed, len(features), tuple(pixels.shape[-2:]), trained)  # type: ignore[arg-type]
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Module]]:

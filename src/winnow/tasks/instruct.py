@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from ..train.recipe import InstructPart, Recipe, Source
     from ..train.task import Place, Scores
 
+MOST_BLOCKS = 1024
+"""More than any model has."""
+
 
 class Instruct(nn.Module):
     """The model with its loss: forward(ids, mask, labels, pixels, images, scale) -> {"loss", "lm_loss", "top1", ...}.
@@ -120,6 +123,12 @@ class Training:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(recipe.seed)
                 winnow.reduce(self.model, winnow.parse(recipe.method))
+        if llava.trained is not None and recipe.method is None:
+            raise ValueError(
+                f'{part.name} was saved with a reducer: --set "method={llava.trained.method}", or another one'
+            )
+        if llava.trained is not None and llava.trained.of(winnow.parse(str(recipe.method))):
+            llava.trained.fill(self.model)
         reducer_weights(self.model, weights or extra.vision_weights)
         if extra.train.llm == "lora":
             add_lora(self.model, extra.lora_r, extra.lora_alpha, extra.lora_dropout, recipe.seed)
@@ -193,9 +202,8 @@ class Training:
                     counts.append(run.valid_counts.float())
                     executed = executed or list(map(float, run.counts))
         nll, tokens, right = place.total(found).unbind()
-        return Scores(
-            self._metrics(nll, tokens, right), *_tokens(counts, place), (right == tokens).cpu().numpy(), executed
-        )
+        kept = _tokens(counts, place) if is_reduced(inner) else None
+        return Scores(self._metrics(nll, tokens, right), kept, (right == tokens).cpu().numpy(), executed)
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The trained model as a Hugging Face folder that `winnow.load_vlm` opens, reducer and all."""
@@ -234,13 +242,14 @@ def _held(model: nn.Module, labels: Tensor) -> Tensor:
     return labels if columns is None else columns.labels(labels)
 
 
-def _tokens(counts: list[Tensor], place: Place) -> tuple[list[float] | None]:
-    """Mean tokens [depth+1] of all images, those that came twice included."""
-    if not counts:
-        return (None,)
-    mine = torch.cat(counts)
-    whole = place.total(torch.cat([mine.sum(0), mine.new_tensor([len(mine)])]))
-    return ((whole[:-1] / whole[-1]).tolist(),)
+def _tokens(counts: list[Tensor], place: Place) -> list[float] | None:
+    """Mean tokens [depth+1] of all images, those that came twice included; a process may have seen none."""
+    sums = torch.zeros(MOST_BLOCKS + 2, device=place.device)
+    for one in counts:
+        sums[: one.shape[1]] += one.sum(0)
+        sums[-2:] += torch.tensor([one.shape[1] * len(one), len(one)], device=place.device)
+    *whole, columns, images = place.total(sums).tolist()
+    return [count / images for count in whole[: round(columns / images)]] if images else None
 
 
 def _open(source: Source, extra: InstructPart) -> Conversations:
