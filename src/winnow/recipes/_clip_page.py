@@ -213,11 +213,15 @@ def _panel(axes: Any, arms: Sequence[Arm], shown: Sequence[str]) -> None:
                 markerfacecolor="white" if side else style["color"],
                 label=(arm.name.strip("`") if not side else None), **style,
             )  # fmt: skip
-    axes.set_ylabel(" (filled), ".join(shown) + (" (open), %" if len(shown) > 1 else ", %"), color=INK, fontsize=9.5)
+    axes.set_ylabel(
+        f"{shown[0]}, %" if len(shown) == 1 else "R@1, %: of captions (filled), of images (open)",
+        color=INK,
+        fontsize=9.5,
+    )
     axes.set_xlabel("image tower, MMAC", color=INK, fontsize=9.5)
     axes.grid(axis="y", color=MUTED, alpha=0.22, linewidth=0.7)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     for edge in ("top", "right"):
         axes.spines[edge].set_visible(False)
 
