@@ -38,6 +38,12 @@ class VlmComparison(Comparison):
     waits: dict[str | None, list[rec.Latency]] = field(default_factory=dict)
     """Timed answers of the configuration that was timed last."""
 
+    def _check(self, methods: Sequence[Method]) -> None:
+        super()._check(methods)
+        for method in (None, *methods):  # a cost that nobody can tell is refused before the first answer
+            if method is None or method.facts.static or method.facts.where != "tower":
+                vlm_macs(self.model.config, method, 1)
+
     def _answers(self, model: nn.Module, watched: bool) -> Said:
         return answer(model, self.batches, watched)  # type: ignore[arg-type]
 

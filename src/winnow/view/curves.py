@@ -126,7 +126,8 @@ def _lines(axes: Any, found: list[Point]) -> None:
                 axes.plot([p.x, p.x], p.up, **thin)
             if p.across:
                 axes.plot(p.across, [p.y, p.y], **thin)
-        style = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": size, "markeredgecolor": PAPER}
+        marker = MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # where colours begin again, shapes differ
+        style = {"color": colour, "marker": marker, "markersize": size, "markeredgecolor": PAPER}
         xs, ys = [p.x for p in mine], [p.y for p in mine]
         axes.plot(
             xs,
