@@ -64,7 +64,7 @@ def _title(arms: Sequence[Arm]) -> str:
     images = "?" if data is None else f"{data.name} {data.split}, {data.n} images".replace(" ,", ",")
     return (
         f"## `{part.recipe}`: {part.epochs} epochs of {part.steps // part.epochs} steps of {part.batch}\n\n"
-        f"Judged on {images}; {len(arms[0].rows)} seed{'s' * (len(arms[0].rows) > 1)}; {machine}.\n\n"
+        f"Judged on {images}; {machine}.\n\n"
     )
 
 
@@ -87,12 +87,21 @@ def _most(counts: Counter[str]) -> list[str]:
 
 def table(arms: Sequence[Arm]) -> str:
     """One line per arm: tokens, cost, scores, and top-1 beside the plain model's."""
-    heads = ["method", "patch tokens in training", "in evaluation", "image tower, MMAC", *SCORES, "top-1 less plain's"]
-    lines = [_line(heads), "|:--|:--|:--|" + "--:|" * (len(heads) - 3)]
+    heads = [
+        "method",
+        "seeds",
+        "tokens in training",
+        "in evaluation",
+        "image tower, MMAC",
+        *SCORES,
+        "top-1 less plain's",
+    ]
+    lines = [_line(heads), "|:--|--:|:--|:--|" + "--:|" * (len(heads) - 4)]
     for arm in arms:
         beside = difference(arm, arms[0]) if arm.method is not None else None
         lines.append(_line([
-            arm.name, _tokens(arm.tokens), _tokens(arm.rows[0].counts or []), f"{macs_of(arm) / 1e6:.1f}",
+            arm.name, str(len(arm.rows)), _tokens(arm.tokens), _tokens(arm.rows[0].counts or []),
+            f"{macs_of(arm) / 1e6:.1f}",
             *(spread(arm.each(what), _images(arm)) for what in SCORES.values()),
             "" if beside is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in beside)),
         ]))  # fmt: skip
@@ -232,12 +241,13 @@ def _line(cells: Sequence[str]) -> str:
 
 HEAD = """# CLIP with fewer image tokens
 
-Made by `winnow report clip --data CIFAR100 --out docs` from rows in `results/clip.jsonl`; `winnow report clip
-results/clip.jsonl --out docs` writes it again from these rows. Documents 000 and 001, task 2, in small.
+Documents 000 and 001, task 2, in small. Made from the rows in `results/clip.jsonl` by
+`winnow report clip results/clip.jsonl --out docs`; `winnow report clip --data CIFAR100 --out docs` first trains what of
+three seeds these rows lack.
 """
 
 INTERVALS = """Mean ± standard deviation over the seeds, in percent, and a 95 % interval: which images and which seeds, added
-as variances. Tokens are those that enter each block. PatchDropout acts in training only and is judged with every patch.
+as variances. Tokens: patches that enter each block. PatchDropout acts in training only and is judged with every patch.
 """
 
 GUESS = """
