@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from torch import nn
 import winnow
 from winnow._clip import load_clip
 from winnow._llava import load_llava, projector_state
-from winnow._llava_new import open_clip_tower
+from winnow._llava_new import new_llava, open_clip_tower
 from winnow._llava_projected import Downsample
-from winnow.data.conversations import IMAGE, open_conversations
+from winnow.data.conversations import open_conversations
+from winnow.data.dialogue import spoken
+from winnow.data.sample import IMAGE, Sample
 from winnow.tasks.instruct import Training
 from winnow.train import load_recipe
 from winnow.train.task import Place
@@ -167,3 +170,31 @@ def test_lora_learns_beside_the_language_model_and_is_added_to_it(folder, recipe
     training = Training(load_recipe(recipe_file, (f"model.name=hf:{tmp_path / 'run' / 'last'}",)))
     again = training.evaluate(training.module, alone())
     assert again.metrics["loss"] == pytest.approx(epoch["val"]["loss"], rel=1e-5)
+
+
+def test_a_language_models_chat_template_shows_images_too(apart, tmp_path):
+    shutil.copytree(apart / "llm", tmp_path / "llm")
+    tokenizer = tokenizer_of(tmp_path / "llm")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] | trim }}</s>{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt else '' }}"
+    )
+    tokenizer.save_pretrained(tmp_path / "llm")
+    processor, _ = new_llava(f"hf:{tmp_path / 'llm'}", f"hf:{apart / 'tower'}")
+    sample = Sample("s", (("human", f"what {IMAGE}"), ("gpt", "red"), ("human", "it ?"), ("gpt", "a")), (lambda: None,))
+    wanted = [("user: <image>\nwhat</s>assistant: ", False), ("red</s>", True), ("", False)]
+    assert spoken(sample, "chat", processor) == [
+        *wanted,
+        ("user: it ?</s>assistant: ", False),
+        ("a</s>", True),
+        ("", False),
+    ]
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: use vicuna_v1"):
+        spoken(sample, "chat", processor)
+
+
+def tokenizer_of(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

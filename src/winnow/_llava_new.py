@@ -20,6 +20,15 @@ from .models import load_model, one_line, quiet, reachable_hub
 LAYERS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
           "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
 """Parts of a block in open_clip and in Hugging Face's CLIP."""
+FLAT = (
+    "{% set flat = namespace(messages=[]) %}{% for message in messages %}{% set said = namespace(text='') %}"
+    "{% for part in message['content'] if message['content'] is not string %}"
+    "{% set said.text = said.text + ('<image>\n' if part['type'] == 'image' else part['text']) %}{% endfor %}"
+    "{% set text = message['content'] if message['content'] is string else said.text %}"
+    "{% set flat.messages = flat.messages + [{'role': message['role'], 'content': text}] %}{% endfor %}"
+    "{% set messages = flat.messages %}"
+)
+"""In front of a language model's chat template, which takes words alone: images stand among them."""
 PROJECTORS = ("mlp", "linear", "downsample")
 
 
@@ -51,6 +60,7 @@ def new_llava(
     processor = transformers.LlavaProcessor(
         image, tokenizer, patch_size=tower.config.patch_size, num_additional_image_tokens=int(cls),
         vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        chat_template=FLAT + tokenizer.chat_template if tokenizer.chat_template else None,
     )  # fmt: skip
     return counting(processor, model), model.eval()
 

@@ -51,6 +51,10 @@ def vicuna_v1(sample: Sample, processor: Any) -> list[Piece]:
 
 def chat(sample: Sample, processor: Any) -> list[Piece]:
     """The model's own chat template; an end token is added to an answer that it leaves without one."""
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "the model's processor has no chat template: use vicuna_v1, which is then written beside the weights"
+        )
     messages: list[dict[str, Any]] = []
     pieces: list[Piece] = []
     told, ends = "", processor.tokenizer
