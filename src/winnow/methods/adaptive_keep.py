@@ -31,6 +31,8 @@ __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "V
 
 LOWEST, HIGHEST = 0.0625, 1.0
 """Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
+MEMORY = 100
+"""Steps that the running mean of prompts goes back."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": ("encoder", "after"),
     "read": ("one_way", "both"),
@@ -182,11 +184,11 @@ class AdaptiveKeepReducer(Reducer):
         self.cross = Cross(width, heads) if method.fuse == "after" and method.join == "attention" else None
         self.context = Cross(width, heads) if method.context else None
         self.question: Question | None = None
-        self.width, self.heads = width, heads
+        self.width = width
 
     def meet(self, width: int) -> None:
         """The language model has so many channels."""
-        self.question = Question(width, self.width, self.heads)
+        self.question = Question(width, self.width)
 
     def amounts(self, n: int, images: int, draw: Tensor | None) -> int | Tensor:
         """Patches to keep: of a budget that is set, or of a draw between the bounds, or of the upper one."""
@@ -242,13 +244,15 @@ class AdaptiveKeepReducer(Reducer):
         else:
             known = self._told(budget, tokens.n, len(seen))
             known = known if self.cross is None else self.cross(known[:, None], seen, valid)[:, 0]
+        asked = None
         if self.question is not None and signals.question is not None:
-            seen = self.question(seen, *signals.question)
+            asked = self.question(seen, *signals.question)
         seen = seen if self.context is None else self.context(seen, seen, valid)
         patches = tokens.ledger.owner.shape[1]
         indexed = self.method.head == "index" and patches == self.patches
         at = tokens.ledger.first().clamp_max(patches - 1) if indexed else None
         logits = self.vision_token_controller.logits(seen, known.to(seen.dtype), at)
+        logits = logits if asked is None else logits + asked
         return logits if valid is None else logits.masked_fill(~valid, float("-inf"))
 
     def _drawn(
@@ -298,20 +302,36 @@ class Cross(nn.Module):
 
 
 class Question(nn.Module):
-    """Patches ask the words of the prompt: one attention, so that a patch can match one word among many."""
+    """How well each patch matches the prompt, less what all prompts have in common (a running mean, kept with the weights).
 
-    def __init__(self, wide: int, width: int, heads: int) -> None:
+    Without that the words of every prompt drown the one that differs, and all that is learned is what objects look like.
+    """
+
+    common: Tensor
+    seen: Tensor
+
+    def __init__(self, wide: int, width: int) -> None:
         super().__init__()
-        self.words, self.cross = nn.Linear(wide, width), Cross(width, heads)
+        self.words, self.patches = nn.Linear(wide, width, bias=False), nn.Linear(width, width)
+        self.register_buffer("common", torch.zeros(wide))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def forward(self, patches: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """[B, N, C], words [B, L, D] of which some are `real` [B, L] -> [B, N, C]"""
-        words = F.layer_norm(words.to(self.words.weight.dtype), words.shape[-1:])
-        return self.cross(patches, self.words(words), real)
+        """[B, N, C], words [B, L, D] of which some are `real` [B, L] -> [B, N] in float32 at least"""
+        share = real.to(words.dtype) / real.sum(1, keepdim=True).clamp_min(1)
+        mean = (share[:, None] @ words)[:, 0]
+        own = F.layer_norm((mean - self.common.to(mean)).to(self.words.weight.dtype), mean.shape[-1:])
+        if self.training:  # after it was used, so that a sample does not depend on its neighbours
+            self.common.lerp_(mean.mean(0).detach().to(self.common), 1 / (1 + min(int(self.seen), MEMORY)))
+            self.seen.add_(1)
+        alike = self.patches(F.layer_norm(patches, patches.shape[-1:])) @ self.words(own)[..., None]
+        alike = alike[..., 0] * patches.shape[-1] ** -0.5
+        return alike.to(torch.promote_types(alike.dtype, torch.float32))
 
     def macs(self, n: int, text: int) -> float:
-        """Of n patches that ask `text` words."""
-        return text * self.words.weight.numel() + self.cross.macs(n, text)
+        """Of n patches and `text` words."""
+        wide = self.words.in_features
+        return text * wide + self.words.weight.numel() + n * (self.patches.weight.numel() + self.patches.out_features)
 
 
 def _packed(tokens: Tokens, keep: Tensor, budget: int | Tensor, more: dict[str, Tensor]) -> Tokens:

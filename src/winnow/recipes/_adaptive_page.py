@@ -6,6 +6,7 @@ Winnow's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .._save import trained_reducer
 from ..data.scenes import SPLITS, scene
 from ..measure import record
 from ..measure.accuracy import mcnemar, unpack
-from ..methods import BASELINES, AdaptiveKeep
+from ..methods import BASELINES
 from ..parts.amount import Keep
 from ..view import files
 from ..view.overlay import picture
@@ -27,6 +28,7 @@ from ..view.overlay import picture
 Found = dict[str, dict[float, record.Row]]
 """By name, by budget."""
 TESTED = (0.125, 0.0625)
+KINDS = ("trivial", "before the language model", "inside the language model")
 SHOWN, CELL = (3, 11), 160
 """Scenes of the pictures, and the height of one in pixels."""
 HEAD = """# Adaptive pruning under a budget
@@ -81,11 +83,12 @@ def _others(rows: Sequence[record.Row], budgets: Sequence[float]) -> Found:
     found: Found = {}
     for row in rows:
         method = parse(row.method) if row.method else None
-        if method is None or isinstance(method, AdaptiveKeep):
+        if method is None or "keep" not in method.__dataclass_fields__:  # type: ignore[attr-defined]
             continue
         budget = next((one for one in budgets if method == method.leaving(Keep(one))), None)
         if budget is not None:
-            found.setdefault(type(method).__name__, {})[budget] = row
+            known = method.__dataclass_fields__["keep"].default  # type: ignore[attr-defined]
+            found.setdefault(repr(replace(method, keep=known)), {})[budget] = row  # type: ignore[type-var]
     return found
 
 
@@ -109,7 +112,9 @@ def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], 
     """Part three: everything at equal budgets."""
     shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
     text = ["## All methods at equal budgets\n", "Top-1 in %, and in brackets the GMACs up to the first token. "]
-    text += ["FastV drops inside the language model, the others before it.\n", _table(shown | others, plain, budgets)]
+    text += ["FastV, PyramidDrop and SparseVLM drop inside the language model, whose first blocks read all tokens.\n"]
+    named = {f"`{name}`": rows for name, rows in others.items()}
+    text.append(_table(shown | named, plain, budgets))
     return "\n".join([*text, "", "![Accuracy against multiply-adds](adaptive.png)", ""])
 
 
@@ -143,25 +148,32 @@ def _hits(row: record.Row) -> np.ndarray:
 
 
 def _tests(ours: Found, others: Found, main: Sequence[str]) -> str:
-    """Each controller against the best method without training and the best trivial baseline, question by question."""
-    trivial = {kind.__name__ for kind in BASELINES}
-    lines = ["## Paired tests\n", "Exact McNemar test on the same questions.\n"]
-    lines += ["| controller | budget | best without training | | best trivial | |", "|:--|--:|:--|:--|:--|:--|"]
+    """Each controller against the best of three kinds of rivals, question by question."""
+    lines = [
+        "## Paired tests\n",
+        "Exact McNemar test on the same questions, against the best of each kind at the same budget.\n",
+    ]
+    lines += ["| controller | budget | " + " | | ".join(KINDS) + " | |", "|:--|--:|" + ":--|:--|" * len(KINDS)]
     for name in main:
         for budget, row in ours.get(name, {}).items():
             if budget not in TESTED:
                 continue
             cells = [f"{name}: {_right(row)}", f"1/{round(1 / budget)}"]
-            for wanted in (False, True):
+            for kind in KINDS:
                 rivals = {
-                    other: rows[budget]
-                    for other, rows in others.items()
-                    if (other in trivial) == wanted and budget in rows
+                    other: rows[budget] for other, rows in others.items() if budget in rows and _kind(other) == kind
                 }
                 best = max(rivals, key=lambda other: float(_hits(rivals[other]).mean()), default=None)
                 cells += ["–", "–"] if best is None else [f"{best} {_right(rivals[best])}", _test(row, rivals[best])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _kind(name: str) -> str:
+    method = parse(name)
+    if type(method) in BASELINES:
+        return KINDS[0]
+    return KINDS[2] if method.facts.where == "llm" else KINDS[1]
 
 
 def _right(row: record.Row | None) -> str:
@@ -193,7 +205,7 @@ def figure(found: Found, plain: record.Row) -> Any:
         ordered = [*(rows[budget] for budget in sorted(rows)), plain]
         x = [row.macs.per_image / 1e9 for row in ordered if row.macs]
         y = [100 * row.accuracy.value for row in ordered if row.accuracy and row.accuracy.value is not None]
-        learned = name[0].islower()
+        learned = "(" not in name
         axes.plot(x, y, marker="o", ms=4, lw=2 if learned else 1, ls="-" if learned else "--",
                   label=f"AdaptiveKeep, {name}" if learned else name)  # fmt: skip
     axes.set(xlabel="GMACs up to the first token", ylabel="right answers in %")

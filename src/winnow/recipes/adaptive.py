@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import winnow
+
 from .._save import trained_reducer
 from .._vlm_model import load_vlm
 from .._weights import read_weights, state_hash
@@ -25,6 +27,8 @@ from . import _adaptive_page as page
 
 Say = Callable[[str], object]
 RECIPE, MODEL, DATA = "scenes_adaptive", "hf:scenes", "scenes"
+COMPARED = "vlm-scenes.jsonl"
+"""Rows of `winnow compare hf:scenes`, which are not made again."""
 BUDGETS = (0.75, 0.5, 0.25, 0.125, 0.0625)
 """Shares of the image tokens; all of them is the plain model."""
 SMALL = BUDGETS[-2:]
@@ -34,9 +38,11 @@ ENCODER = replace(AFTER, fuse="encoder")
 MAIN: dict[str, AdaptiveKeep] = {
     "after": AFTER,
     "encoder": ENCODER,
-    "after, question": replace(AFTER, text=True),
-    "encoder, question": replace(ENCODER, text=True),
+    "after, context": replace(AFTER, context=True, tau=50.0),
+    "after, question": replace(AFTER, text=True, tau=20.0),
 }
+RATES = {"after, context": 2e-3, "after, question": 3e-3}
+"""Where the rate is not the recipe's."""
 ABLATIONS: dict[str, AdaptiveKeep] = {
     'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
@@ -70,6 +76,7 @@ def recipe_of(arm: str, wish: Wish) -> Recipe:
     method = (MAIN | ABLATIONS)[arm]
     recipe = load_recipe(RECIPE, [f"method={method}", f"model.name={wish.model}"])
     recipe.data.train.limit = wish.steps * recipe.batch * (1 + method.text)
+    recipe.optim.lr = RATES.get(arm, recipe.optim.lr)
     if method.text:
         recipe.data.train.path = DATA
     return recipe
@@ -95,17 +102,27 @@ def train(arm: str, wish: Wish, results: Path) -> Path:
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
     """Rows of every method and of every controller at every budget, made once."""
     comparison = _comparison(wish, results, say)
-    for method in (None, *_at(TRIVIAL + TRAINING_FREE, BUDGETS)):
+    plain = comparison.weights
+    _measure(comparison, None)
+    for arm in MAIN:
+        _ask(comparison, arm, wish, BUDGETS)
+    comparison.reduce, comparison.weights = winnow.reduce, plain
+    for method in _at(TRIVIAL + TRAINING_FREE, BUDGETS):
         _measure(comparison, method)
-    for arm, method in (MAIN | ABLATIONS).items():
-        say(f"{arm}: training")
-        weights = train(arm, wish, results)
-        trained = trained_reducer(weights)
-        assert trained is not None, "the recipe trains one"
-        comparison.reduce, comparison.weights = trained.reduce, state_hash(read_weights(weights))
-        for one in _at((method,), BUDGETS if arm in MAIN else SMALL):
-            _measure(comparison, one)
+    for arm in ABLATIONS:
+        _ask(comparison, arm, wish, SMALL)
     return _rows(results)
+
+
+def _ask(comparison: VlmComparison, arm: str, wish: Wish, budgets: Sequence[float]) -> None:
+    """Rows of one controller, trained if it is not there."""
+    comparison.say(f"{arm}: training")
+    weights = train(arm, wish, comparison.results)
+    trained = trained_reducer(weights)
+    assert trained is not None, "the recipe trains one"
+    comparison.reduce, comparison.weights = trained.reduce, state_hash(read_weights(weights))
+    for method in _at(((MAIN | ABLATIONS)[arm],), budgets):
+        _measure(comparison, method)
 
 
 def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
@@ -120,9 +137,10 @@ def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
 
 
 def _measure(comparison: VlmComparison, method: Method | None) -> None:
-    row, fresh = comparison.measure(method, timed=False)
-    if fresh:
-        record.append(comparison.results, row)
+    """One row, unless this file or the one of `winnow compare` beside it has it."""
+    mine = (comparison.name, comparison.weights, None if method is None else repr(method), comparison.data)
+    if all((row.model, row.weights, row.method, row.data) != mine for row in _rows(comparison.results)):
+        record.append(comparison.results, comparison.measure(method, timed=False)[0])
 
 
 def _at(methods: Sequence[Method], budgets: Sequence[float]) -> Iterator[Method]:
@@ -131,7 +149,8 @@ def _at(methods: Sequence[Method], budgets: Sequence[float]) -> Iterator[Method]
 
 
 def _rows(results: Path) -> list[record.Row]:
-    return record.read(results) if results.is_file() else []
+    both = (results.with_name(COMPARED), results)
+    return [row for path in both if path.is_file() for row in record.read(path)]
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
