@@ -18,9 +18,11 @@ from PIL import Image
 import winnow
 from winnow.cli import app, main
 from winnow.measure import record
+from winnow.recipes import vila
 from winnow.train import load_recipe
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "instruct.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "instruct.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
 SMALL = [
     "batch=4",
@@ -112,3 +114,18 @@ def test_the_python_of_the_page_runs(here, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     with Image.open("photo.jpg") as image:
         exec(code, {"winnow": winnow, "image": image.convert("RGB"), "prompt": "<image> what ?", "torch": torch})
+
+
+def test_the_table_of_stages_is_that_of_the_rows():
+    rows = record.read(ROOT / "results" / "vila.jsonl")
+    (shown,) = re.findall(r"<!-- vila -->\n(.*?)<!-- /vila -->", PAGE, re.S)
+    assert shown.strip() == "\n".join(vila.table(rows)) and len(rows) == len(vila.STAGES)
+    after = {row.train.recipe.removeprefix("vila: "): row.train.figures for row in rows}
+    assert all(after[name]["text_loss"] == after[name]["before_text_loss"] for name in ("align", "interleaved, frozen"))
+
+
+def test_the_stages_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(vila, "STAGES", {name: (*stage[:3], 1) for name, stage in list(vila.STAGES.items())[:2]})
+    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)
+    rows = vila.run(tmp_path / "runs", tmp_path / "rows.jsonl")
+    assert [row.train.steps for row in rows] == [1, 1] and len(list(vila.table(rows))) == 4

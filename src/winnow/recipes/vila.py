@@ -1,8 +1,8 @@
 """VILA's three stages in small, on the scenes: what each does to a language model's text, with and without text blended in.
 
 Lin et al., "VILA: On Pre-training for Visual Language Models", CVPR 2024; document 002, 1.2 and 1.3.
-Cost: a minute and a half on one core. Expected: with the language model frozen its text-only loss does not move; trained on
-images alone it rises, with as many steps of which half are text it does not.
+Cost: three minutes on one core. Expected: with the language model frozen its text-only loss does not move; the second stage
+trains it and the loss rises; the third, as many steps with half of them on text, brings most of it back, without text less.
 Command: python -m winnow.recipes.vila runs/vila results/vila.jsonl
 """
 
