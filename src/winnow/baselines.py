@@ -54,9 +54,9 @@ def equal_cost(model: nn.Module, macs: float) -> Iterator[Method]:
 
 
 def equal_cost_vlm(model: Any, macs: float, text: int) -> Iterator[Method]:
-    """The same for a vision-language model and a prompt of `text` other tokens: baselines at the tower, a smaller image.
+    """The same for a vision-language model and a prompt of `text` other tokens: at the tower, inside it, a smaller image.
 
-    They save nothing in the tower, but for the smaller image: where `macs` are fewer than the tower's, few are left.
+    What acts at the tower saves nothing in it: where `macs` are fewer than the tower's, only the others are left.
     """
     setting = host_of(model).setting
 
@@ -66,9 +66,10 @@ def equal_cost_vlm(model: Any, macs: float, text: int) -> Iterator[Method]:
     assert setting.patches is not None and setting.patch is not None and setting.grid is not None
     sizes = [setting.patch[0] * cells for cells in range(1, min(setting.grid))]
     ladders: list[list[Method]] = [[Downsample(size) for size in sizes]]
-    ladders += [
-        [family(keep=Exactly(k), at="tower") for k in range(1, setting.patches)] for family in (Random, Grid, Pool)
-    ]
+    shares, layers = [Keep(share / 200) for share in range(1, 200)], thirds(setting)
+    for family in (Random, Grid, Pool):
+        ladders.append([family(keep=Exactly(k), at="tower") for k in range(1, setting.patches)])
+        ladders.append([family(keep=share, layers=layers) for share in shares])
     for ladder in ladders:
         fitting = _last_fitting(cost, ladder, macs)
         if fitting is not None:

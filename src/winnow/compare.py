@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import winnow
 
+from ._parse import parse
 from .baselines import NEAR, SLACK, equal_cost
 from .measure import accuracy_of, compare_latency, count_macs, mcnemar, peak_memory, share, unpack
 from .measure import record as rec
@@ -96,8 +97,7 @@ class Comparison:
         """Equal-cost baselines that no row stands in for yet."""
         found = []
         for method in self._equal_cost(macs):
-            kind = type(method).__name__
-            near = [r for r in self.rows if r.role == "baseline" and (r.method or "").startswith(kind + "(")]
+            near = [r for r in self.rows if r.role == "baseline" and _alike(r.method, method)]
             if not any(r.macs and NEAR * macs <= r.macs.counted <= SLACK * macs for r in near):
                 found.append(method)
         return found
@@ -274,6 +274,12 @@ def _against(row: rec.Row, other: rec.Row | None) -> rec.Paired | None:
     ours, theirs = (unpack(one.accuracy.hits, row.data.n) for one in (row, other))  # type: ignore[union-attr]
     wins, losses, p = mcnemar(ours, theirs)
     return rec.Paired(against=other.method or "plain", wins=wins, losses=losses, p=p)
+
+
+def _alike(spelling: str | None, method: Method) -> bool:
+    """The same kind of method, acting in the same part of the model."""
+    other = parse(spelling or "")
+    return type(other) is type(method) and other.facts.where == method.facts.where
 
 
 def _spell(method: Method | None) -> str | None:
