@@ -164,7 +164,7 @@ def _tests(ours: Found, others: Found, main: Sequence[str]) -> str:
                     other: rows[budget] for other, rows in others.items() if budget in rows and _kind(other) == kind
                 }
                 best = max(rivals, key=lambda other: float(_hits(rivals[other]).mean()), default=None)
-                cells += ["–", "–"] if best is None else [f"{best} {_right(rivals[best])}", _test(row, rivals[best])]
+                cells += ["–", "–"] if best is None else [f"`{best}` {_right(rivals[best])}", _test(row, rivals[best])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -1,0 +1,73 @@
+"""The page of the budget controllers: which rows are whose, paired tests, and how each controller is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from winnow import Keep, Random
+from winnow.measure import pack, record
+from winnow.methods import DivPrune, FastV
+from winnow.recipes import adaptive
+
+pytest.importorskip("transformers")
+N = 40
+
+
+def row(method, right: int, *, weights: str = "w", role: str = "method", **more) -> record.Row:
+    hits = np.arange(N) < right
+    return record.Row(
+        task="compare-vlm", model="hf:scenes", weights=weights, method=None if method is None else repr(method), role=role,
+        data=record.Data(name="scenes", n=N), accuracy=record.Accuracy(value=right / N, hits=pack(hits)),
+        macs=record.Macs(counted=1e8),
+        vlm=record.Vlm(stages={}, image_tokens=[144], prompt_tokens=150, kv_bytes=1), **more,
+    )  # fmt: skip
+
+
+def trained(arm: str, weights: str) -> record.Row:
+    part = record.Training(
+        recipe=arm, epochs=1, steps=120, batch=16, runtime_s=1, samples_per_s=1, steps_per_s=1, loss=0.5
+    )
+    method = repr((adaptive.MAIN | adaptive.ABLATIONS)[arm])
+    return record.Row(task="train instruct", model="hf:scenes", weights=weights, method=method, train=part)
+
+
+@pytest.fixture
+def rows() -> list[record.Row]:
+    few = Keep(0.0625)
+    found = [row(None, 40, role="plain"), row(Random(at="tower").leaving(few), 10, role="baseline")]
+    found += [
+        row(DivPrune().leaving(few), 30),
+        row(FastV(layer=1).leaving(few), 38),
+        row(DivPrune().leaving(Keep(0.3)), 1),
+    ]
+    for weights, (arm, right) in enumerate(
+        {"after": 12, "encoder": 20, "after, question": 39, "one for 1/16": 25}.items()
+    ):
+        method = (adaptive.MAIN | adaptive.ABLATIONS)[arm]
+        found += [trained(arm, str(weights)), row(method.leaving(few), right, weights=str(weights))]
+    return found
+
+
+def test_rows_are_read_by_weights(rows, tmp_path):
+    """Two trainings of one method at one budget are told apart; budgets that are none of the page's are left out."""
+    page, chart = adaptive.written(rows, tmp_path)
+    text = page.read_text()
+    assert chart.stat().st_size > 10_000
+    assert "| after, question: 97.5 | 1/16 | `Random(at='tower')` 25.0 | 29 won, 0 lost, p = 3.7e-09 " in text
+    assert "| `DivPrune()` 75.0 | 9 won, 0 lost, p = 0.0039 | `FastV(layer=1)` 95.0 | 1 won, 0 lost, p = 1 |" in text
+    assert "Phase 2 against phase 1, paired: 9 of 144: 8 won, 0 lost, p = 0.0078." in text
+    assert "| `one for 1/16` | – | 62.5 |" in text and "| `after` | – | 30.0 |" in text
+    assert "2.5 (0.100)" not in text, "a budget of 0.3 is none of the page's"
+
+
+@pytest.mark.parametrize("arm", [*adaptive.MAIN, *adaptive.ABLATIONS])
+def test_how_a_controller_is_trained(arm):
+    """Only the controller learns; where the question is read, one is asked at a time and twice as long."""
+    recipe = adaptive.recipe_of(arm, adaptive.Wish(steps=10))
+    method = (adaptive.MAIN | adaptive.ABLATIONS)[arm]
+    assert recipe.method == repr(method) and recipe.model.name == adaptive.MODEL
+    assert not any((recipe.instruct.train.vision, recipe.instruct.train.projector, recipe.instruct.train.llm))
+    assert recipe.data.train.path == ("scenes" if method.text else "scene_dialogues")
+    assert recipe.data.train.limit == 10 * recipe.batch * (2 if method.text else 1)
+    assert method.trained.leaving(Keep(0.5)) == method.leaving(Keep(0.5))
