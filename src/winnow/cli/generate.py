@@ -19,6 +19,7 @@ from .. import view
 from .._question import tell
 from .._save import Trained
 from .._vlm_model import ask, bare_vlm
+from ..compare_vlm import at_budgets
 from ..reducer import Method
 from ..view import vlm as kept
 from . import _options as o
@@ -36,6 +37,10 @@ def command(
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", "-m", help="as in FastV(layer=2); may be repeated")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="image tokens for methods written without an amount: a share up to 1, a number above"),
     ] = None,
     tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 64,
     out: Annotated[Path, typer.Option(help="picture of the kept patches: .png or .svg")] = Path("generate.png"),
@@ -56,7 +61,7 @@ def command(
             raise ValueError(
                 "a file of questions takes --questions, --answers, at most one --method, no --image or --prompt"
             )
-        done, n = _file(model, methods, questions, images, answers, tokens, o.device_of(device))
+        done, n = _file(model, methods, budget, questions, images, answers, tokens, o.device_of(device))
         print(
             json.dumps({"answered": done, "questions": n})
             if as_json
@@ -68,7 +73,7 @@ def command(
     view.files.kind(out)
     pictures = [_open(path) for path in image]
     processor, vlm, trained = bare_vlm(model)
-    methods = methods or ([trained.method] if trained and trained.method else [])
+    methods = _methods(methods, trained, budget)
     where = o.device_of(device)
     inputs = ask(processor, [pictures], [prompt])
     vlm.to(where)
@@ -118,6 +123,12 @@ def _reduced(
     return row, kept.layers_of(run, method)
 
 
+def _methods(methods: list[Method], trained: Trained | None, budget: float | None) -> list[Method]:
+    """The methods asked for, or the one the model was saved with; under the budget where one is given."""
+    found = methods or ([trained.method] if trained and trained.method else [])
+    return found if budget is None else at_budgets(found, [budget])
+
+
 def _put(vlm: Any, method: Method, trained: Trained | None) -> None:
     """Reduce the model, with trained weights where they are the method's."""
     if trained is not None:
@@ -127,11 +138,18 @@ def _put(vlm: Any, method: Method, trained: Trained | None) -> None:
 
 
 def _file(
-    model: str, methods: list[Method], questions: Path, images: Path | None, answers: Path, tokens: int, where: Any
+    model: str,
+    methods: list[Method],
+    budget: float | None,
+    questions: Path,
+    images: Path | None,
+    answers: Path,
+    tokens: int,
+    where: Any,
 ) -> tuple[int, int]:
     """Answer a file of questions, with the method the model was saved with where none is given."""
     processor, vlm, trained = bare_vlm(model)
-    method = methods[0] if methods else trained.method if trained else None
+    method = next(iter(_methods(methods, trained, budget)), None)
     if method is not None:
         _put(vlm, method, trained)
     vlm.to(where)
