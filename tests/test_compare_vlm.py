@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -186,6 +187,7 @@ def test_the_command_compares_and_goes_on(run, tmp_path):
         (["timm:vit_scenes", "--budgets", "0.5"], "vision-language models"),
         (["hf:scenes", "--budgets", "half"], "shares up to 1"),
         (["hf:scenes", "--data", "scene_dialogues", "--limit", "2"], "a question about an image"),
+        (["hf:scenes", "--method", "NormThreshold(before=(1,))"], "what the image asks for"),
         (["hf:/nowhere/at/all"], "no such folder"),
     ],
 )
@@ -230,3 +232,12 @@ def test_what_is_a_vision_language_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         is_vlm(f"hf:{tmp_path / 'nothing'}")
     assert Path(STORED).name == "llava_scenes.hf"
+
+
+def test_the_page_says_what_the_rows_say():
+    path = Path(__file__).parents[1] / "docs" / "vlm.py"
+    spec = importlib.util.spec_from_file_location("docs_vlm", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.page() == made.PAGE.read_text(encoding="utf-8"), "run: python docs/vlm.py"
+    assert made.share_of(VisionZip(Keep(0.25))) == 0.25 and made.share_of(ToMe(r=8)) is None
