@@ -258,9 +258,9 @@ scene and not whose they are can name the most frequent one: {guess:.1f} %.
 BOUNDARIES = """## Boundaries and objects
 
 The segments of the trained towers on the validation scenes, beside as many random and as many evenly spaced ones, with 95 %
-intervals over images. Coverage: share of object patches whose segment holds that object and nothing else; boundary F1: changes
-of segment against changes of object along the raster. A patch is a cell, so an object is one patch, and no evenly spaced
-segment, being longer, covers one.
+intervals over images. Coverage: share of object patches whose segment holds that object and nothing else; boundary F1:
+changes of segment against changes of object along the raster. A patch is a cell, so an object is one patch, and no evenly
+spaced segment, being longer, covers one.
 
 {table}
 
