@@ -49,7 +49,7 @@ VALUES = [
     AdaptiveKeep(fuse="after", train="zero", cls=False),
     AdaptiveKeep(select="sequential"),
     AdaptiveKeep(fuse="after", cls=True),
-    AdaptiveKeep(context=True, head="dot"),
+    AdaptiveKeep(select="diverse", head="dot"),
     AdaptiveKeep.seed004(),
 ]
 KINDS = [AdaptiveKeep(), AdaptiveKeep(fuse="after", text=True), AdaptiveKeep.seed004()]
@@ -361,9 +361,9 @@ def test_3_training_and_evaluation_see_the_same(train):
     reducer = winnow.reducer_of(model)
     with winnow.budget(model, 6), torch.no_grad():
         wanted = model(**inputs).loss
-        reducer.vision_token_controller.keep = lambda logits, k, noise=None: type(reducer.vision_token_controller).keep(
-            reducer.vision_token_controller, logits, k
-        )
+        reducer.vision_token_controller.keep = lambda logits, k, noise=None, patches=None: type(
+            reducer.vision_token_controller
+        ).keep(reducer.vision_token_controller, logits, k)
         model.train()
         found = model(**inputs).loss
     assert torch.allclose(found, wanted, atol=1e-5) == (train != "zero")

@@ -29,10 +29,10 @@ from ..ways import compact
 
 __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "VisionTokenController"]
 
+GAIN = 20.0
+"""How much likeness to the question counts at first: half of full likeness outweighs an untrained head and the noise."""
 LOWEST, HIGHEST = 0.0625, 1.0
 """Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
-MEMORY = 100
-"""Steps that the running mean of prompts goes back."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": ("encoder", "after"),
     "read": ("one_way", "both"),
@@ -45,7 +45,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "join": ("attention", "concat"),
     "text": (True, False),
     "conditioned": (True, False),
-    "context": (True, False),
 }
 
 
@@ -67,14 +66,15 @@ class AdaptiveKeep(Method):
     cls: bool | str = "host"
     """Whether the class token is handed to the projector; "host": as the host does, and LLaVA does not."""
     select: str = "topk"
-    """One draw, or "sequential": K draws, one after another (AdaLLaVA's; as many softmaxes)."""
+    """One draw; "sequential": K draws, one after another (AdaLLaVA's; as many softmaxes); "diverse": high logits unlike what
+    was taken before (a determinantal point process, as CDPruner's), so that no object is taken twice."""
     tau: float = 5.0
     head: str = "patch"
     """"patch" and "dot" rank each patch by itself, on any grid; "index": one weight per place of the tower's own grid."""
     train: str = "gather"
     """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero")."""
     text: bool = False
-    """Patches are ranked for the question, too: the language model's embeddings of the prompt as the caller gives it."""
+    """Patches are ranked for the question, too: by the word of the prompt that each, behind the projector, is most alike."""
     conditioned: bool = True
     """False: patches are ranked alike under every budget."""
     place: str = "last"
@@ -82,8 +82,6 @@ class AdaptiveKeep(Method):
     """Of the budget token in the tower: learned, or "borrowed" from the last patch."""
     join: str = "attention"
     """fuse="after": the budget asks all patches (cross-attention), or stands beside each alone ("concat")."""
-    context: bool = False
-    """Patches ask each other before they are ranked, so that one of several that show the same may do for all."""
 
     presets = ("seed004",)
     """Class methods that are spelled like methods: `AdaptiveKeep.seed004()`."""
@@ -102,6 +100,8 @@ class AdaptiveKeep(Method):
             raise ValueError(f"AdaptiveKeep(tau={self.tau!r}): a number above 0 is needed")
         if self.cls is True and self.train != "gather":
             raise ValueError(f'AdaptiveKeep: cls=True with train={self.train!r} leaves it no place; use train="gather"')
+        if self.cls is True and self.text:
+            raise ValueError("AdaptiveKeep: cls=True is for the projector, and text=True ranks what comes out of it")
         if self.place == "first" and (self.fuse, self.read) != ("encoder", "both"):
             raise ValueError('AdaptiveKeep: place="first" is about fuse="encoder" with read="both"')
 
@@ -116,7 +116,7 @@ class AdaptiveKeep(Method):
         if self.fuse == "encoder":
             needs.add("token" if self.read == "one_way" else "token_read")
         needs |= {"cls"} if self.cls is True else set()
-        needs |= {"question"} if self.text else set()
+        needs |= {"question", "projected"} if self.text else set()
         needs |= {"training_projected"} if self.train == "mask" else set()
         return Facts(
             combine="other" if self.cls is True else "none", needs=frozenset(needs), where="tower", learned=True,
@@ -182,13 +182,12 @@ class AdaptiveKeepReducer(Reducer):
         if method.fuse == "encoder" and method.position == "own":
             self.budget_pos_embed = nn.Parameter(SPREAD * torch.randn(1, 1, width))
         self.cross = Cross(width, heads) if method.fuse == "after" and method.join == "attention" else None
-        self.context = Cross(width, heads) if method.context else None
         self.question: Question | None = None
         self.width = width
 
     def meet(self, width: int) -> None:
         """The language model has so many channels."""
-        self.question = Question(width, self.width)
+        self.question = Question(width)
 
     def amounts(self, n: int, images: int, draw: Tensor | None) -> int | Tensor:
         """Patches to keep: of a budget that is set, or of a draw between the bounds, or of the upper one."""
@@ -228,11 +227,13 @@ class AdaptiveKeepReducer(Reducer):
         logits = self._logits(seen, tokens, signals, budget)
         more = {"score": logits.detach()} if signals.watched else {}
         if self.training:
-            out = self._drawn(tokens, logits, budget, signals.noise, more)
+            out = self._drawn(tokens, seen, logits, budget, signals.noise, more)
         elif isinstance(budget, int) and tokens.ledger.valid is None:
-            out = replace(tokens, **more) if budget == n else drop(tokens, top(logits, budget), **more)
+            out = replace(tokens, **more)
+            if budget < n:
+                out = drop(tokens, top(self.vision_token_controller.keep(logits, budget, None, seen), budget), **more)
         else:
-            out = _packed(tokens, self.vision_token_controller.keep(logits, budget) > 0, budget, more)
+            out = _packed(tokens, self.vision_token_controller.keep(logits, budget, None, seen) > 0, budget, more)
         return out if self.method.cls is not True else _with_class(out, signals)
 
     def _logits(self, seen: Tensor, tokens: Tokens, signals: Signals, budget: int | Tensor) -> Tensor:
@@ -246,8 +247,7 @@ class AdaptiveKeepReducer(Reducer):
             known = known if self.cross is None else self.cross(known[:, None], seen, valid)[:, 0]
         asked = None
         if self.question is not None and signals.question is not None:
-            asked = self.question(seen, *signals.question)
-        seen = seen if self.context is None else self.context(seen, seen, valid)
+            asked = self.question(tokens.x, *signals.question, valid)
         patches = tokens.ledger.owner.shape[1]
         indexed = self.method.head == "index" and patches == self.patches
         at = tokens.ledger.first().clamp_max(patches - 1) if indexed else None
@@ -256,13 +256,14 @@ class AdaptiveKeepReducer(Reducer):
         return logits if valid is None else logits.masked_fill(~valid, float("-inf"))
 
     def _drawn(
-        self, tokens: Tokens, logits: Tensor, budget: int | Tensor, noise: Tensor | None, more: dict[str, Tensor]
-    ) -> Tokens:
+        self, tokens: Tokens, seen: Tensor, logits: Tensor, budget: int | Tensor, noise: Tensor | None,
+        more: dict[str, Tensor],
+    ) -> Tokens:  # fmt: skip
         """A draw of training: what is kept is itself, times 1 with the gradient of the choice."""
         controller = self.vision_token_controller
         if noise is not None and self.method.select == "sequential":
             noise = _rounds(noise, int(torch.as_tensor(budget).max()))
-        kept = controller.keep(logits, budget, noise)
+        kept = controller.keep(logits, budget, noise, seen)
         tokens = replace(tokens, x=tokens.x * kept.to(tokens.x.dtype)[..., None])
         if self.method.train == "zero":
             return replace(tokens, order=None, losses=None, metrics=None, **more)
@@ -272,7 +273,10 @@ class AdaptiveKeepReducer(Reducer):
         """Embedding, attentions and head; the budget token's way through the tower and the question apart."""
         found = self.budget_embedding.macs() + self.vision_token_controller.logit_head.macs(n)
         found += 0.0 if self.cross is None else self.cross.macs(1, n)
-        return found + (0.0 if self.context is None else self.context.macs(n, n))
+        m = self.count(n, layer)
+        if self.method.select == "diverse" and m < n:
+            found += n * n * self.width + m * (m - 1) // 2 * n
+        return found
 
     def asking(self, n: int, text: int) -> float:
         return 0.0 if self.question is None else self.question.macs(n, text)
@@ -302,36 +306,36 @@ class Cross(nn.Module):
 
 
 class Question(nn.Module):
-    """How well each patch matches the prompt, less what all prompts have in common (a running mean, kept with the weights).
+    """How alike each patch, as the language model gets it, is to the word of the prompt that it is most alike.
 
-    Without that the words of every prompt drown the one that differs, and all that is learned is what objects look like.
+    A projector that was trained puts what a patch shows near the words for it; which channels tell, and which words never
+    do (those that all prompts have), is learned.
     """
 
-    common: Tensor
-    seen: Tensor
-
-    def __init__(self, wide: int, width: int) -> None:
+    def __init__(self, wide: int) -> None:
         super().__init__()
-        self.words, self.patches = nn.Linear(wide, width, bias=False), nn.Linear(width, width)
-        self.register_buffer("common", torch.zeros(wide))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.channels, self.gain, self.word = (
+            nn.Parameter(torch.ones(wide)),
+            nn.Parameter(torch.tensor(GAIN)),
+            nn.Linear(wide, 1),
+        )
+        nn.init.zeros_(self.word.weight)
 
-    def forward(self, patches: Tensor, words: Tensor, real: Tensor) -> Tensor:
-        """[B, N, C], words [B, L, D] of which some are `real` [B, L] -> [B, N] in float32 at least"""
-        share = real.to(words.dtype) / real.sum(1, keepdim=True).clamp_min(1)
-        mean = (share[:, None] @ words)[:, 0]
-        own = F.layer_norm((mean - self.common.to(mean)).to(self.words.weight.dtype), mean.shape[-1:])
-        if self.training:  # after it was used, so that a sample does not depend on its neighbours
-            self.common.lerp_(mean.mean(0).detach().to(self.common), 1 / (1 + min(int(self.seen), MEMORY)))
-            self.seen.add_(1)
-        alike = self.patches(F.layer_norm(patches, patches.shape[-1:])) @ self.words(own)[..., None]
-        alike = alike[..., 0] * patches.shape[-1] ** -0.5
-        return alike.to(torch.promote_types(alike.dtype, torch.float32))
+    def forward(self, patches: Tensor, words: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
+        """[B, N, D] of which some are `valid` [B, N], words [B, L, D] of which some are `real` [B, L] -> [B, N] float32"""
+        patches, words = (F.layer_norm(x.float(), x.shape[-1:]) for x in (patches, words))
+        alike = (patches * self.channels.float()) @ words.transpose(1, 2) / patches.shape[-1]
+        share = torch.ones_like(alike[..., :1]) if valid is None else valid[..., None].to(alike.dtype)
+        alike = alike - (alike * share).sum(1, keepdim=True) / share.sum(
+            1, keepdim=True
+        )  # what all patches show tells nothing
+        found = alike * self.gain.float() + self.word(words.to(self.word.weight.dtype)).float().transpose(1, 2)
+        # a smooth maximum, of which one more is "no word": there is always that
+        return F.pad(found.masked_fill(~real[:, None], float("-inf")), (0, 1)).logsumexp(2)
 
     def macs(self, n: int, text: int) -> float:
         """Of n patches and `text` words."""
-        wide = self.words.in_features
-        return text * wide + self.words.weight.numel() + n * (self.patches.weight.numel() + self.patches.out_features)
+        return (n + 1) * text * len(self.channels)
 
 
 def _packed(tokens: Tokens, keep: Tensor, budget: int | Tensor, more: dict[str, Tensor]) -> Tokens:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .budget import check_budget, tokens_of
 from .choose import gumbel, masked_gumbel_softmax_topk, n_times_gumbel_softmax
 from .combine import take
+from .diverse import likeness, unlike
 
 
 class PatchHead(nn.Module):
@@ -73,7 +74,9 @@ class IndexHead(nn.Module):
 
 
 HEADS = ("patch", "dot", "index")
-SELECTS = ("topk", "sequential")
+SELECTS = ("topk", "sequential", "diverse")
+FAINT = 0.1
+"""How much the logits of an untrained head count where diversity chooses as well."""
 
 
 class VisionTokenController(nn.Module):
@@ -90,16 +93,25 @@ class VisionTokenController(nn.Module):
         self.tau, self.use_cls, self.select = tau, use_cls, select
         made: dict[str, Any] = {"patch": PatchHead, "dot": DotHead}
         self.logit_head = IndexHead(vision_dim, num_patches) if head == "index" else made[head](vision_dim)
+        self.strength = nn.Parameter(torch.tensor(FAINT)) if select == "diverse" else None
 
     def logits(self, patches: Tensor, budget: Tensor, at: Tensor | None = None) -> Tensor:
         """[B, N] in float32 at least, of patches [B, N, C] and what is known of the budget [B, C]."""
         found = self.logit_head(patches, budget, at) if isinstance(self.logit_head, IndexHead) else (
             self.logit_head(patches, budget))  # fmt: skip
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return found if self.strength is None else found * self.strength
 
-    def keep(self, logits: Tensor, k: int | Tensor, noise: Tensor | None = None) -> Tensor:
+    def keep(
+        self, logits: Tensor, k: int | Tensor, noise: Tensor | None = None, patches: Tensor | None = None
+    ) -> Tensor:
         """[B, N], 1 for the k (or k[b]) best of logits [B, N], else 0; in training the best after Gumbel noise, which is
-        made of `noise` uniform in [0, 1) ([B, N]; [K, B, N] for select="sequential"), with the soft choice's gradient."""
+        made of `noise` uniform in [0, 1) ([B, N]; [K, B, N] for select="sequential"), with the soft choice's gradient.
+
+        patches [B, N, C]: what select="diverse" compares.
+        """
+        if self.select == "diverse":
+            return self._unlike(logits, k, noise, patches)
         if not self.training:
             return masked_gumbel_softmax_topk(logits, torch.zeros_like(logits), k, hard=True, training=False)
         drawn = torch.zeros_like(logits) if noise is None else gumbel(noise.to(logits.dtype))
@@ -108,6 +120,13 @@ class VisionTokenController(nn.Module):
             drawn = drawn.expand(rounds, *logits.shape) if drawn.ndim == logits.ndim else drawn
             return n_times_gumbel_softmax(logits, k, self.tau, training=True, noise=drawn)
         return masked_gumbel_softmax_topk(logits, torch.zeros_like(logits), k, self.tau, True, True, drawn)
+
+    def _unlike(self, logits: Tensor, k: int | Tensor, noise: Tensor | None, patches: Tensor | None) -> Tensor:
+        assert patches is not None, "what is compared is given where diversity chooses"
+        drawn = logits if noise is None or not self.training else logits + gumbel(noise.to(logits.dtype))
+        chosen = unlike(drawn, likeness(_unit(patches)), k).to(logits.dtype)
+        soft = (drawn / self.tau).softmax(-1)
+        return chosen + (soft - soft.detach()) if self.training else chosen
 
     def forward(
         self, vision_output: Tensor, token_budget: Any, budget_embedding: Tensor | None = None,
@@ -122,7 +141,7 @@ class VisionTokenController(nn.Module):
         patches = vision_output[:, 1:last]
         budget = vision_output[:, -1] if budget_embedding is None else budget_embedding
         k = tokens_of(check_budget(token_budget), patches.shape[1])
-        mask = self.keep(self.logits(patches, budget), k, noise)
+        mask = self.keep(self.logits(patches, budget), k, noise, patches)
         most = int(torch.as_tensor(k).max())
         index = (mask.detach() < 0.5).int().argsort(dim=1, stable=True)[:, :most]
         selected = take(patches, index) * mask.gather(1, index).to(patches.dtype)[..., None]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 AT_ONCE = 8
 """VisPruner drops so many tokens before it compares again."""
+OWN = 0.01
+"""Share of each token that no other has, so that more tokens than channels are still told apart by their logits."""
 TINY = 1e-10
 """A gain below this is none: the tokens picked span all others."""
 
@@ -60,6 +62,20 @@ def determinantal(kernel: Tensor, m: int) -> Tensor:
         basis[:, step] = fresh = torch.where(own > TINY, fresh, 0.0)
         gain = (gain - fresh**2).clamp_min(0)
     return torch.cat(picked, 1)
+
+
+def unlike(logits: Tensor, alike: Tensor, k: int | Tensor) -> Tensor:
+    """[B, N] bool: k (or k[b]) tokens, each adding most to the determinant of `alike` [B, N, N] weighed by exp(logits).
+
+    Where no two are alike these are the k highest of logits [B, N]; -inf is taken last.
+    """
+    weight = ((logits.detach().float() - logits.detach().float().amax(1, keepdim=True)) / 2).exp()
+    own = torch.eye(alike.shape[1], device=alike.device)
+    kernel = weight[:, :, None] * ((1 - OWN) * alike + OWN * own) * weight[:, None]
+    order = determinantal(kernel, int(torch.as_tensor(k).max()))
+    place = torch.arange(order.shape[1], device=order.device)
+    taken = place < (k if isinstance(k, int) else k.to(order.device)[:, None])
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, taken.expand_as(order))
 
 
 def distinct(alike: Tensor, order: Tensor, m: int) -> Tensor:

@@ -38,11 +38,10 @@ ENCODER = replace(AFTER, fuse="encoder")
 MAIN: dict[str, AdaptiveKeep] = {
     "after": AFTER,
     "encoder": ENCODER,
-    "after, context": replace(AFTER, context=True, tau=50.0),
-    "after, question": replace(AFTER, text=True, tau=20.0),
+    "after, diverse": replace(AFTER, select="diverse"),
+    "encoder, diverse": replace(ENCODER, select="diverse"),
+    "after, question": replace(AFTER, text=True),
 }
-RATES = {"after, context": 2e-3, "after, question": 3e-3}
-"""Where the rate is not the recipe's."""
 ABLATIONS: dict[str, AdaptiveKeep] = {
     'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
@@ -76,7 +75,6 @@ def recipe_of(arm: str, wish: Wish) -> Recipe:
     method = (MAIN | ABLATIONS)[arm]
     recipe = load_recipe(RECIPE, [f"method={method}", f"model.name={wish.model}"])
     recipe.data.train.limit = wish.steps * recipe.batch * (1 + method.text)
-    recipe.optim.lr = RATES.get(arm, recipe.optim.lr)
     if method.text:
         recipe.data.train.path = DATA
     return recipe

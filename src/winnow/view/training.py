@@ -77,7 +77,7 @@ def _cells(row: Row, train: Training) -> Iterator[tuple[str, str]]:
     yield "recipe", train.recipe
     yield "model", f"`{row.model}`"
     yield "method", "plain" if row.method is None else f"`{row.method}`"
-    yield "from", f"{start}, frozen" if given.get("freeze") == "backbone" else start
+    yield "from", start + {"backbone": ", frozen", "probe": ", linear probe"}.get(str(given.get("freeze")), "")
     yield "batch", str(train.batch)
     yield "epochs", str(train.epochs)
     yield "seed", str(row.seed)
