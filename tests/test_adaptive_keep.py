@@ -25,6 +25,7 @@ from winnow import (
 from winnow.checks.case import ready
 from winnow.compare_vlm import at_budgets
 from winnow.measure import count_macs, vlm_macs
+from winnow.methods.adaptive_keep import Question
 from winnow.parts.budget import sinusoid, tokens_of
 from winnow.parts.choose import (
     gumbel,
@@ -33,6 +34,7 @@ from winnow.parts.choose import (
     n_times_gumbel_softmax,
     n_times_gumbel_softmax_head_version,
 )
+from winnow.parts.diverse import OWN, likeness, unlike
 
 N = 16
 """Patches of the tiny model."""
@@ -432,6 +434,45 @@ def test_one_training_serves_every_budget():
     assert AdaptiveKeep().trained != method
     found = at_budgets([method, few, Random(at="tower")], [1, 0.5, 4])
     assert found[:3] == [method.leaving(Keep(0.5)), method.leaving(Exactly(4)), few] and len(found) == 5
+
+
+# ---- what is kept is unlike
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+@settings(max_examples=20, deadline=None)
+def test_unlike_is_greedy_in_the_determinant(seed, k):
+    """Each pick is the one that makes the determinant of what is picked largest, found here by trying all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, alike = torch.randn(1, 7, generator=generator), likeness(torch.randn(1, 7, 5, generator=generator))
+    weight = (logits[0].double() / 2).exp()
+    kernel = weight[:, None] * ((1 - OWN) * alike[0].double() + OWN * torch.eye(7).double()) * weight
+    picked: list[int] = []
+    for _ in range(k):
+        free = [i for i in range(7) if i not in picked]
+        picked.append(max(free, key=lambda i: torch.linalg.det(kernel[[*picked, i]][:, [*picked, i]]).item()))
+    assert unlike(logits, alike, k)[0].nonzero().flatten().tolist() == sorted(picked)
+
+
+def test_unlike_without_likeness_is_the_highest_logits_and_a_twin_waits():
+    logits = torch.tensor([[0.0, 3.0, 2.9, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    apart = torch.eye(4).expand(2, 4, 4)
+    assert unlike(logits, apart, torch.tensor([2, 1])).tolist() == [[False, True, True, False], [True] + [False] * 3]
+    twins = apart.clone()
+    twins[0, 1, 2] = twins[0, 2, 1] = 1.0
+    assert unlike(logits, twins, 2)[0].tolist() == [False, True, False, True]
+
+
+def test_a_patch_that_shows_a_word_of_the_prompt_is_ranked_first():
+    torch.manual_seed(0)
+    question, words = Question(32), torch.randn(1, 5, 32)
+    patches = torch.randn(1, 9, 32)
+    patches[0, 4] = words[0, 2] * 3
+    real = torch.ones(1, 5, dtype=torch.bool)
+    assert question(patches, words, real, None).argmax() == 4
+    real[0, 2] = False
+    assert question(patches, words, real, None)[0, 4] < 9  # hidden, it is no word of the prompt
+    assert question(patches, words[:, :0], real[:, :0], None).abs().max() == 0
 
 
 # ---- learning

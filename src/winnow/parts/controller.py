@@ -100,7 +100,8 @@ class VisionTokenController(nn.Module):
         found = self.logit_head(patches, budget, at) if isinstance(self.logit_head, IndexHead) else (
             self.logit_head(patches, budget))  # fmt: skip
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return found if self.strength is None else found * self.strength
+        # bounded, or what was learned outweighs every likeness: exp(1) is what one object may weigh more than another
+        return found if self.strength is None else (found * self.strength).tanh()
 
     def keep(
         self, logits: Tensor, k: int | Tensor, noise: Tensor | None = None, patches: Tensor | None = None
