@@ -41,6 +41,7 @@ MAIN: dict[str, AdaptiveKeep] = {
     "after, diverse": replace(AFTER, select="diverse"),
     "encoder, diverse": replace(ENCODER, select="diverse"),
     "after, question": replace(AFTER, text=True),
+    "encoder, question": replace(ENCODER, text=True),
 }
 ABLATIONS: dict[str, AdaptiveKeep] = {
     'train="gather"': replace(AFTER, train="gather"),
