@@ -210,7 +210,7 @@ def test_fvcore_says_how_to_get_it(monkeypatch):
 
 
 class Clock:
-    """Stands in for `_seconds`: a run returns its own seconds, the machine drifts by `drift` per call."""
+    """Stands in for `seconds`: a run returns its own seconds, the machine drifts by `drift` per call."""
 
     def __init__(self, drift=0.0, spread=0.0):
         self.calls, self.drift, self.noise, self.spread = 0, drift, np.random.default_rng(1), spread
@@ -221,7 +221,7 @@ class Clock:
 
 
 def test_latency_finds_the_ratio_under_drift(monkeypatch):
-    monkeypatch.setattr(latency, "_seconds", Clock(drift=0.01, spread=0.005))
+    monkeypatch.setattr(latency, "seconds", Clock(drift=0.01, spread=0.005))
     row = compare_latency(lambda: 0.006, lambda: 0.004, batch=8, pairs=21, reducer_seconds=0.0001)
     assert row.low <= 1.5 <= row.high
     assert row.null_low <= 1 <= row.null_high
@@ -233,7 +233,7 @@ def test_latency_finds_the_ratio_under_drift(monkeypatch):
 
 def test_latency_order_is_balanced(monkeypatch):
     seen = []
-    monkeypatch.setattr(latency, "_seconds", lambda run, device: seen.append(run()) or 1.0)
+    monkeypatch.setattr(latency, "seconds", lambda run, device: seen.append(run()) or 1.0)
     compare_latency(lambda: "p", lambda: "r", batch=1, pairs=12, warmup=0)
     rounds = ["".join(seen[i : i + 4]) for i in range(0, 48, 4)]
     assert rounds == ["prpp", "rppp", "pppr", "pprp"] * 3

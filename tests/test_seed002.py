@@ -294,7 +294,7 @@ def test_report_seed002(run, tmp_path):
 def test_report_refuses(run, tmp_path):
     assert run("report", "seed002", "--epochs", "0")[0] == 2
     code, _, err = run("report", "rows.jsonl", "--epochs", "1")
-    assert code == 2 and "belong to an experiment that is run: ctd, " in err
+    assert code == 2 and "belong to an experiment that is run: adaptive, " in err
     with pytest.raises(ValueError, match="no row of the arm baseline, as published"):
         seed002.page([], torch.zeros(3).numpy())
 
