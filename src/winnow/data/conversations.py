@@ -22,6 +22,7 @@ from PIL import Image
 from .llava_eval.answers import whole
 from .sample import IMAGE, Sample
 from .scene_talk import BUILT_IN
+from .split import rows_of, split_of
 
 KINDS = (
     f"a .json or .jsonl file of LLaVA's conversations or of interleaved texts, {', '.join(BUILT_IN)}, "
@@ -72,19 +73,11 @@ def open_conversations(
     images: the folder that file names start at, the file's own if left out. mixtures: names that stand for mixtures.
     ValueError or FileNotFoundError, one line, before anything is trained, where a single sample is not as it must be.
     """
-    name, bracket, rest = split.partition("[")
+    name, part = split_of(split)
     if name and not re.search(rf"\b({'|'.join(BUILT_IN)})\b", " ".join((path, *(mixtures or {}).values()))):
         raise ValueError(f"{path} has no split {name!r}: give train, val or test for scenes, [:100] for files")
     found = mixed(path, partial(_open, split=name, images=images), mixtures or {})
-    rows: Sequence[int] = range(len(found))
-    if bracket:
-        try:
-            first, last = (int(end) if end else None for end in rest.removesuffix("]").split(":"))
-        except ValueError:
-            raise ValueError(f"split {split!r} is not understood: write train, train[-500:] or [:100]") from None
-        rows = rows[first:last]
-    if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    rows = rows_of(len(found), part, limit)
     if not rows:
         raise ValueError(f"{path} {split}: none of {len(found)} conversations is left")
     return Conversations(_name(path), [found[i] for i in rows], split)

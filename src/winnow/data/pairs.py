@@ -22,6 +22,7 @@ from .images import Images, UnreadableImage
 from .readers import _Files, _lengths, open_images
 from .scenes import SPLITS, captions, open_scenes
 from .shards import is_shards, open_shards
+from .split import rows_of, split_of
 from .training import Decoded, drawing
 
 FILES = ("file", "filepath", "file_name", "image", "image_path", "path")
@@ -84,7 +85,7 @@ def open_pairs(
 
     ValueError or FileNotFoundError, one line, where nothing usable is there; single bad samples are `failures`.
     """
-    name, _, rest = split.partition("[")
+    name, part = split_of(split)
     path = Path(spec).expanduser()
     if spec == "scenes":
         found = _scenes(name)
@@ -96,15 +97,7 @@ def open_pairs(
         found = _labelled(spec, name, caption)
     else:
         raise FileNotFoundError(f"no images with captions in {spec}: give {KINDS}")
-    rows: Sequence[int] = range(len(found))
-    if rest:
-        try:
-            first, last = (int(end) if end else None for end in rest.removesuffix("]").split(":"))
-        except ValueError:
-            raise ValueError(f"split {split!r} is not understood: write train, train[-500:] or [:100]") from None
-        rows = rows[first:last]
-    if limit is not None and limit < len(rows):
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
+    rows = rows_of(len(found), part, limit)
     if not rows:
         raise ValueError(f"{spec} {split}: none of {len(found)} pairs is left, {len(found.failures)} failed")
     if len(rows) < len(found):

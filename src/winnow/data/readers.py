@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from winnow.data.images import Images
 from winnow.data.parquet import open_parquet
 from winnow.data.photographs import open_photographs
 from winnow.data.scenes import open_scenes
+from winnow.data.split import rows_of, split_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -59,23 +59,15 @@ def open_images(
     label_column="" opens a table without labels. limit: at most so many, evenly spaced (a folder is sorted by class).
     ValueError or FileNotFoundError, one line each, if anything is missing, empty or malformed.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: give at least 1, or leave it out for all images")
-    found = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
-    if not found:
-        raise ValueError(f"split {split!r} is not understood: write test, train[-5000:] or [:100]")
-    images = _open(str(spec), found[1], image_column, label_column)
+    name, part = split_of(split)
+    images = _open(str(spec), name, image_column, label_column)
     total = len(images)
-    rows = range(total)[slice(*(None if end is None else int(end) for end in found.groups()[1:]))]
+    rows = rows_of(total, part, limit)
     if not rows:
         raise ValueError(f"split {split!r} selects none of the {total} images of {images.name}")
-    if limit is not None and limit < len(rows):
-        rows_taken: Sequence[int] = [rows[i * len(rows) // limit] for i in range(limit)]
-    else:
-        rows_taken = rows
-    if len(rows_taken) < total:
-        images = images.subset(rows_taken)
-    images.split += split[len(found[1]) :]
+    if len(rows) < total:
+        images = images.subset(rows)
+    images.split += split[len(name) :]
     return images
 
 
