@@ -25,7 +25,7 @@ from winnow import (
 from winnow.checks.case import ready
 from winnow.compare_vlm import at_budgets
 from winnow.measure import count_macs, vlm_macs
-from winnow.methods.adaptive_keep import Question
+from winnow.parts.asking import Question
 from winnow.parts.budget import sinusoid, tokens_of
 from winnow.parts.choose import (
     gumbel,

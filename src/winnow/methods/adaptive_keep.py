@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._noise import uniform
-from ..attention import attend
 from ..parts.amount import Exactly, Keep
+from ..parts.asking import Cross, Question
 from ..parts.budget import SPREAD, BudgetEmbedding, VisionEncoderWithBudgetToken, check_budget, tokens_of
 from ..parts.choose import top
 from ..parts.combine import drop, mask
@@ -29,8 +29,6 @@ from ..ways import compact
 
 __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "VisionTokenController"]
 
-GAIN = 20.0
-"""How much likeness to the question counts at first: half of full likeness outweighs an untrained head and the noise."""
 LOWEST, HIGHEST = 0.0625, 1.0
 """Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -280,62 +278,6 @@ class AdaptiveKeepReducer(Reducer):
 
     def asking(self, n: int, text: int) -> float:
         return 0.0 if self.question is None else self.question.macs(n, text)
-
-
-class Cross(nn.Module):
-    """One attention to all patches, added to what asks."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.pair, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-
-    def forward(self, asking: Tensor, patches: Tensor, valid: Tensor | None) -> Tensor:
-        """[B, M, C] and [B, N, C] -> [B, M, C]"""
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        asking, patches = (F.layer_norm(x, x.shape[-1:]) for x in (asking, patches))
-        k, v = self.pair(patches).chunk(2, -1)
-        bias = None if valid is None else valid.float().log()
-        found = attend(split(self.query(asking)), split(k), split(v), bias)
-        return asking + self.out(found.transpose(1, 2).flatten(2))
-
-    def macs(self, m: int, n: int) -> float:
-        """Of m that ask n patches."""
-        width = self.out.out_features
-        return 2 * (m + n) * width**2 + 2 * m * n * width
-
-
-class Question(nn.Module):
-    """How alike each patch, as the language model gets it, is to the word of the prompt that it is most alike.
-
-    A projector that was trained puts what a patch shows near the words for it; which channels tell, and which words never
-    do (those that all prompts have), is learned.
-    """
-
-    def __init__(self, wide: int) -> None:
-        super().__init__()
-        self.channels, self.gain, self.word = (
-            nn.Parameter(torch.ones(wide)),
-            nn.Parameter(torch.tensor(GAIN)),
-            nn.Linear(wide, 1),
-        )
-        nn.init.zeros_(self.word.weight)
-
-    def forward(self, patches: Tensor, words: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
-        """[B, N, D] of which some are `valid` [B, N], words [B, L, D] of which some are `real` [B, L] -> [B, N] float32"""
-        patches, words = (F.layer_norm(x.float(), x.shape[-1:]) for x in (patches, words))
-        alike = (patches * self.channels.float()) @ words.transpose(1, 2) / patches.shape[-1]
-        share = torch.ones_like(alike[..., :1]) if valid is None else valid[..., None].to(alike.dtype)
-        alike = alike - (alike * share).sum(1, keepdim=True) / share.sum(
-            1, keepdim=True
-        )  # what all patches show tells nothing
-        found = alike * self.gain.float() + self.word(words.to(self.word.weight.dtype)).float().transpose(1, 2)
-        # a smooth maximum, of which one more is "no word": there is always that
-        return F.pad(found.masked_fill(~real[:, None], float("-inf")), (0, 1)).logsumexp(2)
-
-    def macs(self, n: int, text: int) -> float:
-        """Of n patches and `text` words."""
-        return (n + 1) * text * len(self.channels)
 
 
 def _packed(tokens: Tokens, keep: Tensor, budget: int | Tensor, more: dict[str, Tensor]) -> Tokens:
