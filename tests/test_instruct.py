@@ -186,6 +186,7 @@ def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monke
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(recipe_file, tmp_path):
     """Batches of one modality and mixed ones, where a process may have text alone; noise, and every part learning."""
     here = str(Path(__file__).parent)
