@@ -41,17 +41,14 @@ class Cross(nn.Module):
 class Question(nn.Module):
     """How alike each patch, as the language model gets it, is to the word of the prompt that it is most alike.
 
-    A projector that was trained puts what a patch shows near the words for it; which channels tell, and which words never
-    do (those that all prompts have), is learned.
+    It starts from the projector having put what a patch shows near the words for it, as that of hf:scenes was taught to;
+    which channels tell, and which words never do (those that all prompts have), is learned.
     """
 
     def __init__(self, wide: int) -> None:
         super().__init__()
-        self.channels, self.gain, self.word = (
-            nn.Parameter(torch.ones(wide)),
-            nn.Parameter(torch.tensor(GAIN)),
-            nn.Linear(wide, 1),
-        )
+        self.channels, self.gain = nn.Parameter(torch.ones(wide)), nn.Parameter(torch.tensor(GAIN))
+        self.word = nn.Linear(wide, 1)
         nn.init.zeros_(self.word.weight)
 
     def forward(self, patches: Tensor, words: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
@@ -59,9 +56,8 @@ class Question(nn.Module):
         patches, words = (F.layer_norm(x.float(), x.shape[-1:]) for x in (patches, words))
         alike = (patches * self.channels.float()) @ words.transpose(1, 2) / patches.shape[-1]
         share = torch.ones_like(alike[..., :1]) if valid is None else valid[..., None].to(alike.dtype)
-        alike = alike - (alike * share).sum(1, keepdim=True) / share.sum(
-            1, keepdim=True
-        )  # what all patches show tells nothing
+        # what all patches show tells nothing
+        alike = alike - (alike * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
         found = alike * self.gain.float() + self.word(words.to(self.word.weight.dtype)).float().transpose(1, 2)
         # a smooth maximum, of which one more is "no word": there is always that
         return F.pad(found.masked_fill(~real[:, None], float("-inf")), (0, 1)).logsumexp(2)

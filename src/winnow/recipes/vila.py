@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from ..data.scenes import COLOURS, SHAPES, SIZE
+from ..backbones.llava_scenes import WORDS
+from ..data.scenes import SIZE
 from ..measure import record
 from ..train.loop import train
 from ..train.recipe import check
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = (*SPECIAL, *"USER ASSISTANT what colour is the a ? ,".split(), *SHAPES, *COLOURS)
 CHAT = (
     "{% for message in messages %}{{ 'USER ' if message['role'] == 'user' else 'ASSISTANT ' }}"
     "{% for part in message['content'] %}{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}"
