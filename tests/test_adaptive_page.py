@@ -71,3 +71,12 @@ def test_how_a_controller_is_trained(arm):
     assert recipe.data.train.path == ("scenes" if method.text else "scene_dialogues")
     assert recipe.data.train.limit == 10 * recipe.batch * (2 if method.text else 1)
     assert method.trained.leaving(Keep(0.5)) == method.leaving(Keep(0.5))
+
+
+def test_stages_begin_with_what_the_last_one_left(tmp_path):
+    first, second = adaptive.stages_of("DRIP(rate=0.25)", adaptive.Wish(steps=10), tmp_path / "drip")
+    assert (first[0], second[0]) == ("DRIP(rate=0.25), stage 1", "DRIP(rate=0.25)")
+    assert first[2].model.name == adaptive.MODEL and second[2].model.name == f"hf:{first[1] / 'last'}"
+    learns = [{name for name, on in recipe.instruct.train if on} for _, _, recipe in (first, second)]
+    assert learns == [{"projector", "reducer"}, {"vision", "projector", "llm", "reducer"}]
+    assert first[2].method == second[2].method == "DRIP(rate=0.25)"

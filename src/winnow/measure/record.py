@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -73,6 +74,8 @@ class Objects(_Part):
     boundary_f1: float
     boundaries: dict[str, dict[str, tuple[float, float, float]]] = {}
     """2.5 %, value and 97.5 % over images by figure, of learned boundaries and of as many random and even ones."""
+    segments: list[list[int]] = []
+    """Of the first few images, the segment of each patch, for a picture."""
 
 
 class Macs(_Part):
@@ -193,6 +196,8 @@ class Row(_Part):
     counts: list[float] | None = None
     """Patch tokens entering block 0 and after each block, mean over the images."""
     accuracy: Accuracy | None = None
+    top5: Accuracy | None = None
+    """The same of the right answer among the first five, where `winnow eval zeroshot` counts it."""
     macs: Macs | None = None
     objects: Objects | None = None
     latency: list[Latency] = []
@@ -209,15 +214,30 @@ class Row(_Part):
     time: str = ""
 
 
-def append(path: Path, row: Row) -> None:
-    """Append one row and force it to disk; OSError if the disk is full. A half-written last line stays a line of its own."""
+def check_writable(path: Path) -> None:
+    """OSError now, where a row could not be appended after the work."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        if file.tell() and not _ends_a_line(path):
-            file.write(b"\n")
-        file.write(row.model_dump_json(by_alias=True, exclude_none=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "ab") if path.exists() else TemporaryFile(dir=path.parent):
+        pass
+
+
+def append(path: Path, row: Row) -> None:
+    """Append one row and force it to disk; OSError if the disk is full, and the file stays as it was.
+
+    A half-written last line stays a line of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = row.model_dump_json(by_alias=True, exclude_none=False).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        data = b"\n" + data if end and not _ends_a_line(path) else data
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read(path: Path) -> list[Row]:
@@ -304,8 +324,9 @@ def command() -> str:
     """The command line as typed, without this machine's path to the program."""
     import shlex
 
-    program = Path(sys.argv[0]).name
-    return shlex.join([*(("python", "-m", "winnow") if program == "__main__.py" else (program,)), *sys.argv[1:]])
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

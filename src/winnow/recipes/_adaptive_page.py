@@ -1,36 +1,37 @@
-"""The page of recipes/adaptive.py: document 004's three parts, ablations, paired tests, curve and pictures, from rows.
+"""The page of recipes/adaptive.py: document 004's three parts, paired tests and ablations, from rows.
 
 Winnow's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-
-import winnow
 
 from .._parse import parse
-from .._save import trained_reducer
-from ..data.scenes import SPLITS, scene
 from ..measure import record
 from ..measure.accuracy import mcnemar, unpack
-from ..methods import BASELINES
+from ..methods import BASELINES, Downsample
 from ..parts.amount import Keep
 from ..view import files
-from ..view.overlay import picture
+from ._adaptive_pictures import figure
 
 Found = dict[str, dict[float, record.Row]]
 """By name, by budget."""
 TESTED = (0.125, 0.0625)
 KINDS = ("trivial", "before the language model", "inside the language model")
-SHOWN, CELL = (3, 11), 160
-"""Scenes of the pictures, and the height of one in pixels."""
+CHANGED = """From `after`, or from what a name begins with; without the question. Top-1 in %, and the exact McNemar test
+against what was changed, on the same questions; of twenty such tests one is below 0.05 by chance alone. Each arm is one
+training (seed 0). `place="first"` is the same network as without it, rounding apart, so those two rows differ by what
+rounding makes of a training.
+"""
+TOGETHER = """In the rest of the page all but the controller is frozen. Here the language model learns too: `jointly`, with
+projector and controller. DRIP merges inside the tower: in a first stage projector and boundaries learn, in a second
+tower, projector, boundaries and language model, as the tower of `hf:scenes` was not trained with DRIP before.
+"""
 KEPT = """## What is kept
 
 Two scenes: the image, then what is left of it at 1/2, 1/8 and 1/16; of the controller that reads the question, at 1/16 for
@@ -40,9 +41,9 @@ the scene's first four questions.
 HEAD = """# Adaptive pruning under a budget
 
 Document 004 in small: controllers that learn, from the language model's loss alone, which of the {n} patches of a scene to
-hand on under a budget; everything else of `{model}` is frozen. Each is trained once (at most {steps} steps) and serves
-every budget. {questions} questions about unseen scenes, each about one of eight small objects. Command (what the results
-file lacks is trained and asked):
+hand on under a budget; everything else of `{model}` is frozen, but where the page says so. Each is trained once (at most
+{steps} steps) and serves every budget. {questions} questions about unseen scenes, each about one of eight small objects.
+Command (what the results file lacks is trained and asked):
 
 ```
 winnow report adaptive --out docs
@@ -59,46 +60,55 @@ of the test seed.
 
 
 def written(
-    rows: Sequence[record.Row], main: Sequence[str], ablations: Sequence[str], budgets: Sequence[float], out: Path
+    rows: Sequence[record.Row], arms: Mapping[str, Sequence[str]], budgets: Sequence[float], out: Path
 ) -> list[Path]:
-    """OUT/adaptive.md and OUT/adaptive.png from rows."""
+    """OUT/adaptive.md and OUT/adaptive.png from rows; arms: names of the trainings, "main", "ablations" and "together"."""
     asked = [row for row in rows if row.task == "compare-vlm"]
     trained = {row.train.recipe: row for row in rows if row.train is not None}
     plain = next(row for row in asked if row.role == "plain")
-    ours = {arm: _of(asked, trained[arm], budgets) for arm in (*main, *ablations) if arm in trained}
-    others = _others(asked, budgets)
-    steps = max(row.train.steps for row in trained.values() if row.train)
+    main, patches = arms["main"], _patches(plain)
+    ours = {
+        arm: _of(asked, trained[arm], budgets, patches) for names in arms.values() for arm in names if arm in trained
+    }
+    others = _others(asked, budgets, patches)
+    steps = max(trained[arm].train.steps for arm in main if arm in trained)  # type: ignore[union-attr]
     met = "met" if _ahead(ours, others, main) else "not met"
     asked_of = plain.data.n if plain.data else 0
-    head = HEAD.format(model=plain.model, steps=steps, questions=asked_of, n=_patches(plain), met=met)
+    head = HEAD.format(model=plain.model, steps=steps, questions=asked_of, n=patches, met=met)
     parts = [
         head,
         _phases(ours, plain, budgets),
         _curves(ours, others, plain, main, budgets),
         _tests(ours, others, main),
     ]
-    parts += [_ablations(ours, ablations), _kept(out)]
+    parts += [_ablations(ours, arms["ablations"]), _together(ours, others, arms["together"], plain), _kept(out)]
     chart = files.encode(figure({name: ours[name] for name in main if name in ours} | others, plain), "png")
     made = [files.write(out / "adaptive.png", chart)]
     return [files.write(out / "adaptive.md", "\n".join(part for part in parts if part).encode()), *made]
 
 
-def _of(rows: Sequence[record.Row], training: record.Row, budgets: Sequence[float]) -> dict[float, record.Row]:
-    """What the controller of a training answered, by budget."""
-    return {
-        budget: row
-        for row in rows
-        if row.weights == training.weights and row.method
-        for budget in budgets
-        if parse(row.method) == parse(training.method or "").leaving(Keep(budget))
-    }
+def _of(rows: Sequence[record.Row], training: record.Row, budgets: Sequence[float], n: int) -> dict[float, record.Row]:
+    """What came of a training, by budget; of a method that has one, by the share of the n tokens that it left."""
+    method = parse(training.method or "")
+    own = [row for row in rows if row.weights == training.weights and row.method]
+    if not method.facts.budgeted:
+        return {_left(row) / n: row for row in own}
+    known = {method.leaving(Keep(budget)): budget for budget in budgets}
+    return {known[parse(row.method or "")]: row for row in own if parse(row.method or "") in known}
 
 
-def _others(rows: Sequence[record.Row], budgets: Sequence[float]) -> Found:
+def _left(row: record.Row) -> int:
+    """Image tokens that the language model was given."""
+    return row.vlm.image_tokens[0] if row.vlm else 0
+
+
+def _others(rows: Sequence[record.Row], budgets: Sequence[float], n: int) -> Found:
     """Methods that learn nothing, by name and budget."""
     found: Found = {}
     for row in rows:
         method = parse(row.method) if row.method else None
+        if isinstance(method, Downsample):
+            found.setdefault(repr(Downsample()), {})[_left(row) / n] = row
         if method is None or "keep" not in method.__dataclass_fields__:  # type: ignore[attr-defined]
             continue
         budget = next((one for one in budgets if method == method.leaving(Keep(one))), None)
@@ -110,13 +120,13 @@ def _others(rows: Sequence[record.Row], budgets: Sequence[float]) -> Found:
 
 def _ahead(ours: Found, others: Found, main: Sequence[str]) -> bool:
     """At every budget below a half some controller is at or above every other method."""
-    small = {budget for rows in others.values() for budget in rows if budget < 0.5}
+    small = {budget for arm in main for budget in ours.get(arm, {}) if budget < 0.5}
     best = lambda found, budget: max((_hits(rows[budget]).mean() for rows in found if budget in rows), default=0.0)  # noqa: E731
     return all(best([ours.get(arm, {}) for arm in main], one) >= best(others.values(), one) for one in small)
 
 
 def _patches(plain: record.Row) -> int:
-    return plain.vlm.image_tokens[0] if plain.vlm else 0
+    return _left(plain)
 
 
 def _phases(ours: Found, plain: record.Row, budgets: Sequence[float]) -> str:
@@ -135,7 +145,8 @@ def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], 
     """Part three: everything at equal budgets."""
     shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
     text = ["## All methods at equal budgets\n", "Top-1 in %, and in brackets the GMACs up to the first token. "]
-    text += ["FastV, PyramidDrop and SparseVLM drop inside the language model, whose first blocks read all tokens.\n"]
+    text += ["FastV, PyramidDrop and SparseVLM drop inside the language model, whose first blocks read all tokens."]
+    text += ["`Downsample()` makes the image smaller and leaves square numbers of tokens, of which one is here.\n"]
     named = {f"`{name}`": rows for name, rows in others.items()}
     text.append(_table(shown | named, plain, budgets))
     return "\n".join([*text, "", "![Accuracy against multiply-adds](adaptive.png)", ""])
@@ -208,90 +219,47 @@ def _ablations(ours: Found, ablations: Sequence[str]) -> str:
     rows = {name: ours[name] for name in ("after", "encoder", *ablations) if name in ours}
     if not set(rows) & set(ablations):
         return ""
-    lines = [
-        "## One setting changed\n",
-        "From `after`, or `encoder` where it says so; without the question. Top-1 in %.\n",
-    ]
-    lines += ["| | " + " | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " |", "|:--|--:|--:|"]
+    lines = ["## One setting changed\n", CHANGED]
+    lines += ["| | " + " | | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " | |"]
+    lines += ["|:--|" + "--:|:--|" * len(TESTED)]
     for name, found in rows.items():
-        lines.append(f"| `{name}` | " + " | ".join(_right(found.get(budget)) for budget in TESTED) + " |")
+        cells = [f"`{name}`"]
+        for budget in TESTED:
+            base = rows.get(_base(name, rows), {}).get(budget)
+            tested = name in ablations and budget in found and base is not None
+            cells += [_right(found.get(budget)), _test(found[budget], base) if tested and base else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _base(name: str, names: Iterable[str]) -> str:
+    """What an arm differs from: the longest other name that its own begins with, or `after`."""
+    return max((one for one in names if name.startswith(f"{one}, ")), key=len, default="after")
+
+
+def _together(ours: Found, others: Found, together: Sequence[str], plain: record.Row) -> str:
+    """Trained with the model around it: against the same controller beside a frozen model, or the best rival before it."""
+    lines = ["## Trained together with the model\n", TOGETHER]
+    lines += ["| | tokens | GMACs | right | against | |", "|:--|--:|--:|--:|:--|:--|"]
+    for name in together:
+        base = _base(name, ours) if name.startswith("after") else None
+        for budget, row in sorted(ours.get(name, {}).items(), reverse=True):
+            rivals = {other: rows[budget] for other, rows in others.items() if budget in rows}
+            rivals = {other: found for other, found in rivals.items() if _kind(other) != KINDS[2]}
+            best = base or max(rivals, key=lambda other: float(_hits(rivals[other]).mean()), default="")
+            rival = ours[base].get(budget) if base else rivals.get(best)
+            cells = [
+                f"`{name}`",
+                _share(budget, plain),
+                f"{row.macs.per_image / 1e9:.3f}" if row.macs else "–",
+                _right(row),
+            ]
+            cells += ["–", "–"] if rival is None else [f"`{best}` {_right(rival)}", _test(row, rival)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""]) if len(lines) > 4 else ""
 
 
 def _kept(out: Path) -> str:
     """The pictures that are there."""
     shown = "\n".join(f"![{path.stem}]({path.name})" for path in sorted(out.glob("adaptive-kept-*.png")))
     return KEPT + shown + "\n" if shown else ""
-
-
-def figure(found: Found, plain: record.Row) -> Any:
-    """Accuracy against multiply-adds, one line per method."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    chart = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = chart.subplots()
-    axes.set_prop_cycle(color=[colormaps["tab20"](at / 20) for at in (*range(0, 20, 2), *range(1, 20, 2))])
-    for name, rows in found.items():
-        ordered = [*(rows[budget] for budget in sorted(rows)), plain]
-        x = [row.macs.per_image / 1e9 for row in ordered if row.macs]
-        y = [100 * row.accuracy.value for row in ordered if row.accuracy and row.accuracy.value is not None]
-        learned = "(" not in name
-        axes.plot(x, y, marker="o", ms=4, lw=2 if learned else 1, ls="-" if learned else "--",
-                  label=f"AdaptiveKeep, {name}" if learned else name)  # fmt: skip
-    axes.set(xlabel="GMACs up to the first token", ylabel="right answers in %")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
-    return chart
-
-
-@torch.inference_mode()
-def pictures(loaded: tuple[Any, Any], runs: Mapping[str, Path], out: Path) -> list[Path]:
-    """OUT/adaptive-kept-*.png: of two scenes, what each controller keeps by budget, and by question where it is asked."""
-    processor, model = loaded
-    made = []
-    for name, path in runs.items():
-        trained = trained_reducer(path)
-        if trained is None or trained.method is None:
-            continue
-        trained.reduce(model, trained.method)
-        try:
-            strips = [_strip(processor, model, number, trained.method.facts.needs) for number in SHOWN]
-        finally:
-            winnow.restore(model)
-        wide = max(strip.shape[1] for strip in strips)
-        strips = [np.pad(strip, ((0, 6), (0, wide - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
-        kind = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
-        made.append(files.write(out / f"adaptive-kept-{kind}.png", _png(np.concatenate(strips))))
-    return made
-
-
-def _strip(processor: Any, model: Any, number: int, needs: frozenset[str]) -> np.ndarray:
-    """One scene: budgets of 1/2, 1/8 and 1/16 with one question; or 1/16 with four."""
-    from .._vlm_model import ask
-
-    shown = scene(SPLITS["test"][0], number)
-    asks = [question for question, _ in shown.questions]
-    wishes = (
-        [(0.0625, one) for one in asks[:4]] if "question" in needs else [(b, asks[0]) for b in (0.5, 0.125, 0.0625)]
-    )
-    owners, grid = [], (1, 1)
-    for budget, question in wishes:
-        from PIL import Image
-
-        inputs = ask(processor, [[Image.fromarray(shown.image)]], [question])
-        with winnow.budget(model, budget), winnow.watch(model) as run:
-            model(**inputs, logits_to_keep=1)
-        owners.append(run.ledger.owner[0].numpy())
-        grid = run.grid or grid
-    return picture(shown.image, owners, grid, cell=CELL)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()

@@ -1,12 +1,13 @@
 """Document 004 in small: budget controllers for a small LLaVA, beside every other method at equal budgets; the page.
 
 "Adaptive Vision Token Prune". `winnow report adaptive --out docs`: what the results file lacks is trained and asked, one
-controller after another, on 2 cores; then the page is written; `winnow report adaptive ROWS` writes it of rows there are.
+controller after another; then the page is written; `winnow report adaptive ROWS` writes it of rows there are.
+Cost: one to three minutes an arm on one core, some 40 in all. Expected: docs/adaptive.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from .._weights import read_weights, state_hash
 from ..compare_vlm import VlmComparison
 from ..data.conversations import open_conversations
 from ..measure import record
-from ..methods import AdaptiveKeep, CDPruner, DivPrune, FastV, Grid, Pool, PruMerge, Random, VisionZip, VisPruner
+from ..methods import DRIP, AdaptiveKeep, CDPruner, DivPrune, FastV, Grid, Pool, PruMerge, Random, VisionZip, VisPruner
 from ..parts.amount import Keep
 from ..reducer import Method
 from ..tasks.answer import Prompts
-from ..train.recipe import Recipe, load_recipe
+from ..train.recipe import LearningPart, Recipe, load_recipe
 from . import _adaptive_page as page
+from ._adaptive_pictures import pictures
 
 Say = Callable[[str], object]
 RECIPE, MODEL, DATA = "scenes_adaptive", "hf:scenes", "scenes"
@@ -50,13 +52,22 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
     'head="dot"': replace(AFTER, head="dot"),
     'head="index"': replace(AFTER, head="index"),
     "conditioned=False": replace(AFTER, conditioned=False),
-    "cls=True": replace(AFTER, cls=True, train="gather"),
+    'train="gather", cls=True': replace(AFTER, cls=True, train="gather"),
     "one for 1/8": AFTER.leaving(Keep(0.125)),  # type: ignore[dict-item]
     "one for 1/16": AFTER.leaving(Keep(0.0625)),  # type: ignore[dict-item]
     'encoder, read="both"': replace(ENCODER, read="both"),
+    'encoder, read="both", place="first"': replace(ENCODER, read="both", place="first"),
     'encoder, position="borrowed"': replace(ENCODER, position="borrowed"),
 }
-TRAINING_FREE: tuple[Method, ...] = (PruMerge(), VisionZip(), DivPrune(), CDPruner(), VisPruner(), FastV(layer=2))
+ALIGN, TUNE = ("projector", "reducer"), ("vision", "projector", "llm", "reducer")
+TOGETHER: dict[str, tuple[Method, tuple[tuple[str, ...], ...]]] = {
+    "DRIP(rate=0.25)": (DRIP(rate=0.25), (ALIGN, TUNE)),
+    "after, jointly": (replace(AFTER, train="gather"), (("projector", "llm", "reducer"),)),
+}
+"""Methods that are trained with the model around them: what learns, stage after stage."""
+TRAINING_FREE: tuple[Method, ...] = (
+    PruMerge(), PruMerge(plus=True), VisionZip(), DivPrune(), CDPruner(), VisPruner(), FastV(layer=2)
+)  # fmt: skip
 TRIVIAL: tuple[Method, ...] = (Random(at="tower"), Grid(at="tower"), Pool(at="tower"))
 
 
@@ -74,10 +85,29 @@ class Wish:
 def recipe_of(arm: str, wish: Wish) -> Recipe:
     """How an arm is trained: without the question, the eight of a scene together; with it, one at a time, twice as long."""
     method = (MAIN | ABLATIONS)[arm]
-    recipe = load_recipe(RECIPE, [f"method={method}", f"model.name={wish.model}"])
-    recipe.data.train.limit = wish.steps * recipe.batch * (1 + method.text)
+    recipe = _recipe(method, wish, wish.model)
     if method.text:
+        recipe.data.train.limit = 2 * wish.steps * recipe.batch
         recipe.data.train.path = DATA
+    return recipe
+
+
+def stages_of(arm: str, wish: Wish, out: Path) -> Iterator[tuple[str, Path, Recipe]]:
+    """(name, folder, recipe) of each stage of a training of the whole model; each begins with what the last one left."""
+    method, stages = TOGETHER[arm]
+    model = wish.model
+    for number, learns in enumerate(stages, 1):
+        last = number == len(stages)
+        here = out if last else out.with_name(f"{out.name}-stage-{number}")
+        recipe = _recipe(method, wish, model)
+        recipe.instruct.train = LearningPart(**{part: part in learns for part in LearningPart.model_fields})
+        yield arm if last else f"{arm}, stage {number}", here, recipe
+        model = f"hf:{here / 'last'}"
+
+
+def _recipe(method: Method, wish: Wish, model: str) -> Recipe:
+    recipe = load_recipe(RECIPE, [f"method={method}", f"model.name={model}"])
+    recipe.data.train.limit = wish.steps * recipe.batch
     return recipe
 
 
@@ -87,14 +117,13 @@ def folder(results: Path, arm: str) -> Path:
     return results.with_name(f"{results.stem}-runs") / name
 
 
-def train(arm: str, wish: Wish, results: Path) -> Path:
-    """The arm's weights, trained if they are not there."""
+def train(name: str, recipe: Recipe, out: Path, results: Path) -> Path:
+    """The weights of a training, which is done if they or its row are not there."""
     from ..train.loop import train as run
 
-    out = folder(results, arm)
     weights = out / "last.safetensors"
-    if not any(row.train is not None and row.train.recipe == arm for row in _rows(results)) or not weights.is_file():
-        run(recipe_of(arm, wish), out, name=arm, resume=(out / "checkpoints").is_dir(), results=results)
+    if not any(row.train is not None and row.train.recipe == name for row in _rows(results)) or not weights.is_file():
+        run(recipe, out, name=name, resume=(out / "checkpoints").is_dir(), results=results)
     return weights
 
 
@@ -103,30 +132,35 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
     comparison = _comparison(wish, results, say)
     plain = comparison.weights
     _measure(comparison, None)
-    for arm in MAIN:
-        _ask(comparison, arm, wish, BUDGETS)
+    for arm, method in (MAIN | ABLATIONS).items():
+        say(f"{arm}: training")
+        weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
+        _ask(comparison, weights, _at((method,), BUDGETS if arm in MAIN else SMALL))
     comparison.reduce, comparison.weights = winnow.reduce, plain
-    for method in _at(TRIVIAL + TRAINING_FREE, BUDGETS):
-        _measure(comparison, method)
-    for arm in ABLATIONS:
-        _ask(comparison, arm, wish, SMALL)
+    for one in _at(TRIVIAL + TRAINING_FREE, BUDGETS):
+        _measure(comparison, one)
+    for arm, (whole, _) in TOGETHER.items():
+        weights = folder(results, arm)
+        for name, out, recipe in stages_of(arm, wish, folder(results, arm)):
+            say(f"{name}: training")
+            weights = train(name, recipe, out, results)
+        trained = replace(wish, model=f"hf:{weights.with_suffix('')}")
+        _ask(_comparison(trained, results, say), weights, _at((whole,), BUDGETS) if whole.facts.budgeted else (whole,))
     return _rows(results)
 
 
-def _ask(comparison: VlmComparison, arm: str, wish: Wish, budgets: Sequence[float]) -> None:
-    """Rows of one controller, trained if it is not there."""
-    comparison.say(f"{arm}: training")
-    weights = train(arm, wish, comparison.results)
+def _ask(comparison: VlmComparison, weights: Path, methods: Iterable[Method]) -> None:
+    """Rows of what was trained."""
     trained = trained_reducer(weights)
     assert trained is not None, "the recipe trains one"
     comparison.reduce, comparison.weights = trained.reduce, state_hash(read_weights(weights))
-    for method in _at(((MAIN | ABLATIONS)[arm],), budgets):
+    for method in methods:
         _measure(comparison, method)
 
 
 def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
     samples = open_conversations(DATA, f"test[:{wish.questions}]")
-    processor, model = load_vlm(wish.model)
+    processor, model = load_vlm(wish.model, reduced=False)
     prompts = Prompts(processor, samples, batch=50)
     data = record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash)
     return VlmComparison(
@@ -156,9 +190,10 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
     """Train and ask what is missing; write the page, its curve and its pictures."""
     rows = run(wish, results, say)
     runs = {arm: folder(results, arm) / "last.safetensors" for arm in MAIN}
-    return [*written(rows, out), *page.pictures(load_vlm(wish.model), runs, out)]
+    return [*pictures(load_vlm(wish.model), runs, out), *written(rows, out)]
 
 
 def written(rows: Sequence[record.Row], out: Path) -> list[Path]:
     """OUT/adaptive.md and its curve from rows."""
-    return page.written(rows, tuple(MAIN), tuple(ABLATIONS), BUDGETS, out)
+    arms = {"main": tuple(MAIN), "ablations": tuple(ABLATIONS), "together": tuple(TOGETHER)}
+    return page.written(rows, arms, BUDGETS, out)

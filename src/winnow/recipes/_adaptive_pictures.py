@@ -1,0 +1,95 @@
+"""Figures of recipes/adaptive.py: accuracy against multiply-adds, and which patches controllers keep.
+
+Winnow's own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import winnow
+
+from .._save import trained_reducer
+from .._vlm_model import ask
+from ..data.scenes import SPLITS, scene
+from ..measure import record
+from ..view import files
+from ..view.overlay import picture
+
+SHOWN, CELL = (3, 11), 160
+"""Scenes of the pictures, and the height of one in pixels."""
+
+
+def figure(found: Mapping[str, Mapping[float, record.Row]], plain: record.Row) -> Any:
+    """Accuracy against multiply-adds, one line per method: learned ones whole, others dashed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    chart = Figure(figsize=(9, 5), layout="constrained")
+    axes = chart.subplots()
+    colours = [colormaps["tab10"](at / 10) for at in range(10)]
+    learned, others = zip(colours, cycle("o")), zip(cycle(colours), (mark for mark in "svD^" for _ in colours))
+    for name, rows in found.items():
+        ordered = [*(rows[budget] for budget in sorted(rows)), plain]
+        x = [row.macs.per_image / 1e9 for row in ordered if row.macs]
+        y = [100 * row.accuracy.value for row in ordered if row.accuracy and row.accuracy.value is not None]
+        ours = "(" not in name
+        colour, mark = next(learned if ours else others)
+        axes.plot(x, y, color=colour, marker=mark, ms=4, lw=2 if ours else 1, ls="-" if ours else "--",
+                  label=f"AdaptiveKeep, {name}" if ours else name)  # fmt: skip
+    axes.set(xlabel="GMACs up to the first token", ylabel="right answers in %")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3)
+    return chart
+
+
+@torch.inference_mode()
+def pictures(loaded: tuple[Any, Any], runs: Mapping[str, Path], out: Path) -> list[Path]:
+    """OUT/adaptive-kept-*.png: of two scenes, what each controller keeps by budget, and by question where it is asked."""
+    processor, model = loaded
+    made = []
+    for name, path in runs.items():
+        trained = trained_reducer(path)
+        if trained is None or trained.method is None:
+            continue
+        trained.reduce(model, trained.method)
+        try:
+            strips = [_strip(processor, model, number, trained.method.facts.needs) for number in SHOWN]
+        finally:
+            winnow.restore(model)
+        wide = max(strip.shape[1] for strip in strips)
+        strips = [np.pad(strip, ((0, 6), (0, wide - strip.shape[1]), (0, 0)), constant_values=255) for strip in strips]
+        kind = "".join(letter if letter.isalnum() else "-" for letter in name).replace("--", "-")
+        made.append(files.write(out / f"adaptive-kept-{kind}.png", _png(np.concatenate(strips))))
+    return made
+
+
+def _strip(processor: Any, model: Any, number: int, needs: frozenset[str]) -> np.ndarray:
+    """One scene: budgets of 1/2, 1/8 and 1/16 with one question; or 1/16 with four."""
+    shown = scene(SPLITS["test"][0], number)
+    asks = [question for question, _ in shown.questions]
+    wishes = (
+        [(0.0625, one) for one in asks[:4]] if "question" in needs else [(b, asks[0]) for b in (0.5, 0.125, 0.0625)]
+    )
+    owners, grid = [], (1, 1)
+    for budget, question in wishes:
+        inputs = ask(processor, [[Image.fromarray(shown.image)]], [question])
+        with winnow.budget(model, budget), winnow.watch(model) as run:
+            model(**inputs, logits_to_keep=1)
+        owners.append(run.ledger.owner[0].numpy())
+        grid = run.grid or grid
+    return picture(shown.image, owners, grid, cell=CELL)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
