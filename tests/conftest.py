@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,38 @@ torch.backends.mha.set_fastpath_enabled(False)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny LLaVA, and eight conversations about six images: told.json (instruct_vlm.py)."""
+    from instruct_vlm import build, write_json
+
+    path = build(tmp_path_factory.mktemp("llava"))
+    write_json(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe_file(folder) -> Path:
+    """Two steps of them."""
+    from instruct_vlm import write_recipe
+
+    return write_recipe(folder)
+
+
+@pytest.fixture(scope="module")
+def llava(folder) -> Any:
+    """The model with its processor, opened to be trained."""
+    from winnow._llava import load_llava
+
+    return load_llava(f"hf:{folder}")
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Runs draw no curves: test_train.py does."""
+    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)
 
 
 def reference(name: str) -> dict:

@@ -57,7 +57,8 @@ def test_rows_are_read_by_weights(rows, tmp_path):
     assert "| after, question: 97.5 | 1/16 | `Random(at='tower')` 25.0 | 29 won, 0 lost, p = 3.7e-09 " in text
     assert "| `DivPrune()` 75.0 | 9 won, 0 lost, p = 0.0039 | `FastV(layer=1)` 95.0 | 1 won, 0 lost, p = 1 |" in text
     assert "Phase 2 against phase 1, paired: 9 of 144: 8 won, 0 lost, p = 0.0078." in text
-    assert "| `one for 1/16` | – | 62.5 |" in text and "| `after` | – | 30.0 |" in text
+    assert "| `one for 1/16` | – |  | 62.5 | 13 won, 0 lost, p = 0.00024 |" in text, "against `after`"
+    assert "| `after` | – |  | 30.0 |  |" in text
     assert "2.5 (0.100)" not in text, "a budget of 0.3 is none of the page's"
 
 

@@ -8,31 +8,15 @@ import json
 import sys
 import tarfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from instruct_vlm import SLOTS, WORDS, build, said, write_json
+from instruct_vlm import SLOTS, WORDS, said
 
-from winnow._llava import load_llava
 from winnow.cli import main
 from winnow.data.conversations import IMAGE, Sample, mixed, open_conversations
 from winnow.data.dialogue import IGNORE, SYSTEM, VICUNA, encode, spoken
 from winnow.data.instruct import Grouped
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The model, and eight conversations about six images."""
-    path = build(tmp_path_factory.mktemp("llava"))
-    write_json(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llava(folder):
-    return load_llava(f"hf:{folder}")
-
 
 # ---- which tokens are learned
 

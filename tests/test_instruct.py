@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from instruct_vlm import build, changed, lines, run, write_json, write_recipe
+from instruct_vlm import changed, lines, run
 from safetensors.torch import load_file
 
 import winnow
@@ -23,28 +23,7 @@ from winnow.train.progress import read_log
 from winnow.train.step import Stepper
 from winnow.train.stop import Stopped
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The model, and eight conversations about six images."""
-    path = build(tmp_path_factory.mktemp("llava"))
-    write_json(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe_file(folder) -> Path:
-    return write_recipe(folder)
-
-
-@pytest.fixture(scope="module")
-def llava(folder):
-    return load_llava(f"hf:{folder}")
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)  # drawn in test_train.py
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 # ---- stages
@@ -91,6 +70,17 @@ def test_parts_of_a_batch_and_recomputed_blocks_are_the_whole(recipe_file, tmp_p
         for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / other), strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_the_projector_may_have_a_rate_of_its_own(folder, recipe_file, tmp_path):
+    """AdamW's first step moves a weight by its rate."""
+    run(recipe_file, tmp_path / "run", "batch=8", "optim.lr=1e-3", "optim.mm_projector_lr=1e-5")
+    before, after = (load_llava(f"hf:{path}").model.state_dict() for path in (folder, tmp_path / "run" / "last"))
+    for part, rate in {"multi_modal_projector": 1e-5, "language_model.layers": 1e-3}.items():
+        moved = max(float((after[key] - before[key]).abs().max()) for key in before if part in key)
+        assert moved == pytest.approx(rate, rel=0.01)
+    with pytest.raises(ValueError, match=r"optim\.mm_projector_lr needs task: instruct and"):
+        run(recipe_file, tmp_path / "none", "optim.mm_projector_lr=1e-5", "instruct.train.projector=false")
 
 
 def test_text_alone_costs_nothing_and_is_scored_apart(recipe_file, folder, tmp_path):
@@ -157,8 +147,15 @@ NOISY = (
     "method=DRIP(rate=0.5, after=1)",
     "instruct.train.vision=true",
     "instruct.group_by_modality_length=true",
+    "optim.mm_projector_lr=1e-4",
     "epochs=2",
 )
+FROZEN = ("instruct.train.llm=false", "instruct.train.projector=false", "epochs=2")
+RUNS = {
+    "DRIP, everything": NOISY,
+    "AdaptiveKeep, alone": ("method=AdaptiveKeep(train='zero')", *FROZEN),
+    "AdaptiveKeep, jointly": ("method=AdaptiveKeep(fuse='after', text=True)", "epochs=2"),
+}
 
 
 def cut(monkeypatch, step: int, act) -> None:
@@ -176,28 +173,31 @@ def cut(monkeypatch, step: int, act) -> None:
             act()
 
 
-def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monkeypatch):
-    run(recipe_file, tmp_path / "whole", *NOISY)
-    cut(monkeypatch, 2, partial(run, recipe_file, tmp_path / "cut", *NOISY))
+@pytest.mark.parametrize("sets", RUNS.values(), ids=RUNS)
+def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monkeypatch, sets):
+    run(recipe_file, tmp_path / "whole", *sets)
+    cut(monkeypatch, 2, partial(run, recipe_file, tmp_path / "cut", *sets))
     assert len(lines(tmp_path / "cut")) == 3
-    run(recipe_file, tmp_path / "cut", *NOISY, resume=True)
+    run(recipe_file, tmp_path / "cut", *sets, resume=True)
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
+    assert any(key.startswith("reducer.") for key in other)
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(recipe_file, tmp_path):
+@pytest.mark.parametrize("sets", RUNS.values(), ids=RUNS)
+def test_two_processes_are_one(recipe_file, tmp_path, sets):
     """Batches of one modality and mixed ones, where a process may have text alone; noise, and every part learning."""
     here = str(Path(__file__).parent)
     script = f"import sys; from pathlib import Path; sys.path.insert(0, {here!r}); from instruct_vlm import run\n"
     (tmp_path / "run.py").write_text(script + "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])")
     launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    words = (str(tmp_path / "run.py"), str(recipe_file), str(tmp_path / "both"), *NOISY)
+    words = (str(tmp_path / "run.py"), str(recipe_file), str(tmp_path / "both"), *sets)
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    run(recipe_file, tmp_path / "alone", *NOISY)
+    run(recipe_file, tmp_path / "alone", *sets)
     alone, both = (read_log(tmp_path / where / "log.jsonl") for where in ("alone", "both"))
     assert both[-1]["processes"] == 2
     for a, b in zip(alone, both, strict=True):

@@ -124,6 +124,13 @@ def test_the_table_of_stages_is_that_of_the_rows():
     assert all(after[name]["text_loss"] == after[name]["before_text_loss"] for name in ("align", "interleaved, frozen"))
 
 
+def test_a_row_says_how_its_recipe_was_run(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", vila.__spec__, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/vila.py", "runs/vila", "results/vila.jsonl"])
+    assert record.command() == "python -m winnow.recipes.vila runs/vila results/vila.jsonl"
+    assert {row.command for row in record.read(ROOT / "results" / "vila.jsonl")} == {record.command()}
+
+
 def test_the_stages_run(tmp_path, monkeypatch):
     monkeypatch.setattr(vila, "STAGES", {name: (*stage[:3], 1) for name, stage in list(vila.STAGES.items())[:2]})
     monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)

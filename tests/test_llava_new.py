@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from instruct_vlm import WORDS, build, changed, halves, lines, run, write_json, write_recipe
+from instruct_vlm import WORDS, changed, halves, lines, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,28 +23,7 @@ from winnow.tasks.instruct import Training
 from winnow.train import load_recipe
 from winnow.train.task import Place
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The model, and eight conversations about six images."""
-    path = build(tmp_path_factory.mktemp("llava"))
-    write_json(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def recipe_file(folder) -> Path:
-    return write_recipe(folder)
-
-
-@pytest.fixture(scope="module")
-def llava(folder):
-    return load_llava(f"hf:{folder}")
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)  # drawn in test_train.py
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def alone() -> Place:

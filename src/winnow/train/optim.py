@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -17,6 +19,8 @@ from .recipe import OptimPart, SchedulePart
 
 UNDECAYED = re.compile(r"pos_embed|position|(cls|class|dist|reg|mask|prefix)_?(token|embed)|logit_scale")
 """Parameters that stand for a place or a token; timm's rule adds norms and biases (one dimension or none)."""
+PROJECTOR = re.compile(r"(?:^|\.)multi_modal_projector\.")
+"""What `mm_projector_lr` is the rate of."""
 
 
 def optimizer_of(module: nn.Module, part: OptimPart) -> torch.optim.Optimizer:
@@ -26,10 +30,19 @@ def optimizer_of(module: nn.Module, part: OptimPart) -> torch.optim.Optimizer:
         raise ValueError("nothing is left to train: all weights are frozen and the method has none")
     plain = [name for name in names if UNDECAYED.search(name)]
     groups = param_groups_weight_decay(module, part.weight_decay, no_weight_decay_list=plain)
+    if part.mm_projector_lr is not None:
+        own = {id(p) for name, p in module.named_parameters() if PROJECTOR.search(name)}
+        groups = [half for group in groups for half in _apart(group, own, part.mm_projector_lr / part.lr)]
     groups = [group for group in groups if group["params"]]
     if part.name == "sgd":
         return torch.optim.SGD(groups, lr=part.lr, momentum=part.betas[0], nesterov=part.betas[0] > 0)
     return torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
+
+
+def _apart(group: dict[str, Any], own: set[int], scale: float) -> Iterator[dict[str, Any]]:
+    """A group's parameters of whose ids `own` are, which learn at `scale` times the rate of a step; and the rest."""
+    for mine, times in ((True, scale), (False, 1.0)):
+        yield {**group, "params": [p for p in group["params"] if (id(p) in own) == mine], "scale": times}
 
 
 def rate(step: int, total: int, per_epoch: int, lr: float, part: SchedulePart) -> float:

@@ -120,6 +120,9 @@ class OptimPart(_Part):
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="optimiser")
     lr: float = Field(1e-3, gt=0, description="highest learning rate")
+    mm_projector_lr: float | None = Field(
+        None, gt=0, description="of task: instruct's projector, in proportion to the others'; optim.lr if left out"
+    )
     weight_decay: float = Field(0.05, ge=0, description="not on norms, biases, positions and class tokens")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's; the first is SGD's momentum")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")
@@ -199,6 +202,8 @@ class Recipe(_Part):
             raise ValueError("keys of contrast need task: contrast")
         if self.task != "instruct" and self.instruct != InstructPart():
             raise ValueError("keys of instruct need task: instruct")
+        if self.optim.mm_projector_lr is not None and not (self.task == "instruct" and self.instruct.train.projector):
+            raise ValueError("optim.mm_projector_lr needs task: instruct and instruct.train.projector=true")
         if self.task != "contrast" and self.data.resample:
             raise ValueError("data.resample needs task: contrast")
         return self

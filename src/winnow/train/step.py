@@ -125,7 +125,7 @@ class Stepper:
         self.pace(step, total)
         lr = self.rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         inputs = self.task.inputs(batch, step, accelerator.device)
         parts = list(zip(*(tensor.chunk(optim.accumulate if self.task.separable else 1) for tensor in inputs)))
         logged: list[dict[str, Tensor]] = []
