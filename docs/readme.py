@@ -36,7 +36,7 @@ def photos() -> str:
 
 def findings() -> str:
     """What the photograph run says, in sentences made from all its rows."""
-    from winnow.view.cells import groups
+    from winnow.view.rows import groups
     from winnow.view.summary import sentences
 
     found = groups(paired(record.read(ROOT / "results" / "photos.jsonl")))

@@ -85,7 +85,7 @@ def test_workers_give_what_one_process_gives(augment):
 def test_nothing_is_changed_unless_asked_for():
     image = open_images("scenes", split="test[:1]")
     pixels, _, _ = train_set(image, Augment(), size=96)[0]
-    expected = torch.from_numpy(np.asarray(image[0][0])).permute(2, 0, 1) / 255
+    expected = torch.from_numpy(np.array(image[0][0])).permute(2, 0, 1) / 255
     assert torch.allclose(pixels, (expected - 0.5) / 0.5, atol=1e-6)
     assert train_set(image, Augment(), size=48)[0][0].shape == (3, 48, 48)
 

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from winnow import view
 from winnow.measure.record import Accuracy, Data, Latency, Macs, Paired, Row
-from winnow.view import cells, curves, files, overlay
+from winnow.view import curves, files, overlay
+from winnow.view.columns import columns
 from winnow.view.report import facts
+from winnow.view.rows import Group, family, groups, name
 from winnow.view.summary import sentences
 
 SPELLINGS = [
@@ -336,17 +338,17 @@ def test_every_row_is_in_every_table(tmp_path, rows):
     console.print(view.table(rows))
     shown = console.export_text()
     for row in rows:
-        assert f"| `{cells.name(row)}` |" in text
-        assert cells.name(row) in shown
+        assert f"| `{name(row)}` |" in text
+        assert name(row) in shown
     tome = next(line for line in lines if line[0] == "ToMe(r=8)")
     assert "0.825" in tome
     assert "0.66×" in tome
 
 
 def test_numbers_are_the_rows_own(rows):
-    group = cells.groups(rows)[0]
+    group = groups(rows)[0]
     row = group.find("ToMe(r=8)")
-    by = {column.head: column.cell(row, group).flat for column in cells.columns([group])}
+    by = {column.head: column.cell(row, group).flat for column in columns([group])}
     right, late = row.accuracy, row.latency[1]
     assert by["top-1 %"] == f"{100 * right.value:.1f} ({100 * right.low:.1f}–{100 * right.high:.1f})"
     assert by["speed, batch 25"] == f"{late.ratio:.2f}× ({late.low:.2f}–{late.high:.2f})"
@@ -356,18 +358,18 @@ def test_numbers_are_the_rows_own(rows):
 
 
 def test_no_speed_up_is_claimed_where_the_interval_covers_one(rows):
-    group = cells.groups(rows)[0]
+    group = groups(rows)[0]
     late = rows[1].latency[0].model_copy(update={"ratio": 1.3, "low": 0.98, "high": 1.6})
     row = rows[1].model_copy(update={"latency": [late]})
-    column = next(c for c in cells.columns([group]) if c.head == "speed, batch 1")
+    column = next(c for c in columns([group]) if c.head == "speed, batch 1")
     assert column.cell(row, group).mark == "quiet"
-    words = " ".join(sentences(cells.Group((rows[0], row))))
+    words = " ".join(sentences(Group((rows[0], row))))
     assert "no measurable speed-up (interval 0.98–1.60)" in words
     assert "speed 1.30" not in words
 
 
 def test_findings_name_the_winner_and_the_losers(rows):
-    words = " ".join(sentences(cells.groups(rows)[0]))
+    words = " ".join(sentences(groups(rows)[0]))
     assert "right on 88.1 % of 1000 images" in words
     assert "Downsample wins against TopK ×3, NormThreshold ×3." in words
     assert "Not shown to beat Downsample: `EViT(keep=Keep(0.9))`" in words
@@ -379,7 +381,7 @@ def test_findings_name_the_winner_and_the_losers(rows):
 
 def test_a_baseline_that_does_not_run_here_is_named(rows):
     """No row of Downsample though others were searched for: the page and the table say so."""
-    few = [row for row in rows if cells.family(row) != "Downsample"]
+    few = [row for row in rows if family(row) != "Downsample"]
     text = view.markdown(few)
     assert "does not take it: Downsample." in text
     assert "no Downsample here" in text
@@ -420,12 +422,12 @@ def test_hostile_strings_are_escaped(tmp_path):
     assert page.tags.count("script") == 1
     assert any(evil in line[0] for line in page.lines)
     (line,) = [line for line in view.markdown(rows).splitlines() if line.startswith("| `` ToMe(<script>")]
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(cells.columns(cells.groups(rows))) + 1
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(columns(groups(rows))) + 1
 
 
 def test_groups_are_not_mixed(tmp_path, rows):
     other = [row.model_copy(update={"model": "timm:vit_small_patch16_224"}) for row in rows[:5]]
-    found = cells.groups([*rows, *other])
+    found = groups([*rows, *other])
     assert [len(group.rows) for group in found] == [len(rows), 5]
     assert view.table([*rows, *other]).row_count == len(rows) + 5 + 2
     assert page_of([*rows, *other], tmp_path).count("<table") == 2

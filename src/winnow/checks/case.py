@@ -157,6 +157,6 @@ def ready(reducer: Reducer) -> None:
 def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     """AssertionError where a and b differ by more than tolerance, relative to their size."""
     assert a.shape == b.shape, f"{what}: shape {[*a.shape]} against {[*b.shape]}"
-    worst = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    worst = float((a.detach().double() - b.detach().double()).abs().max()) if a.numel() else 0.0
     limit = tolerance * max(1.0, float(b.double().abs().max()) if b.numel() else 1.0)
     assert worst <= limit, f"{what}: differs by {worst:.2e}, allowed {limit:.1e}"

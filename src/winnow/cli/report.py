@@ -15,6 +15,7 @@ import typer
 from .. import view
 from ..compare import paired
 from ..measure import record
+from ..view.rows import groups
 from ..view.training import table as training_table
 from ._options import Json
 from ._progress import Progress
@@ -48,7 +49,7 @@ def command(
     elif first in DOCUMENTS:
         made = page_of(first, _read(rest), out)
     else:
-        rows = [row for group in view.cells.groups(_read(results)) for row in paired(group.rows)]
+        rows = [row for group in groups(_read(results)) for row in paired(group.rows)]
         made = write(rows, [], out)
     print(json.dumps([str(path) for path in made]) if as_json else "\n".join(map(str, made)))
 

@@ -91,7 +91,7 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
         text, paths = make(runs, out, wish) if runs else ("", [])
         parts += [text] if text else []
         made += paths
-    parts.append(_losses(results.parent / "train.jsonl"))
+    parts.append(_outcomes(results.parent / "train.jsonl"))
     parts.append(_steps(results.parent / "measure.jsonl"))
     return [files.write(out / "drip.md", "\n".join(part for part in parts if part).encode()), *made]
 
@@ -234,16 +234,20 @@ def _strip(run: Trained, images: Images, i: int) -> tuple[np.ndarray, str]:
     return strip, f"{images.key(i)}, {what}: {ends.sum()} of {h * w}"
 
 
-def _losses(rows: Path) -> str:
-    """The table of rate losses, from the rows of training runs."""
+def _outcomes(rows: Path) -> str:
+    """The table of what became of each training: the newest row of each recipe and method."""
+    newest = {
+        (row.train.recipe, row.method or row.model): row for row in (record.read(rows) if rows.exists() else [])
+        if row.train is not None and row.train.best is not None
+    }  # fmt: skip
     lines = []
-    for row in record.read(rows) if rows.exists() else []:
-        if row.train is None or row.train.best is None or "boundary_ratio" not in row.train.figures:
-            continue
-        share = row.train.figures["boundary_ratio"]
-        lines.append(f"| {row.train.recipe} | `{row.method or row.model}` | {row.train.best:.1%} | {share:.3f} |")
-    head = "| recipe | method | best top-1 | boundary ratio, last epoch |\n|:--|:--|--:|--:|\n"
-    return "## Rate losses compared\n\n" + head + "\n".join(lines) + "\n" if lines else ""
+    for (recipe, method), row in newest.items():
+        assert row.train is not None and row.train.best is not None
+        share = row.train.figures.get("boundary_ratio")
+        ratio = "–" if share is None else f"{share:.3f}"
+        minutes, seconds = divmod(round(row.train.runtime_s), 60)
+        lines.append(f"| {recipe} | `{method}` | {row.train.best:.1%} | {ratio} | {minutes} min {seconds:02d} s |")
+    return OUTCOMES.format(table="\n".join(lines)) if lines else ""
 
 
 def _steps(rows: Path) -> str:
@@ -264,6 +268,16 @@ def _steps(rows: Path) -> str:
         )
     return STEPS.format(table="\n".join(lines), batch=time.batch) if lines else ""
 
+
+OUTCOMES = """## Trainings, and the rate losses compared
+
+Best top-1 on the validation images, and the boundary ratio of the last epoch's steps, which the rate loss holds; without
+`loss=` it is "prior". The time is that training's own; most shared the machine with other work.
+
+| recipe | method | best top-1 | boundary ratio | time |
+|:--|:--|--:|--:|--:|
+{table}
+"""
 
 HEAD = """# DRIP
 

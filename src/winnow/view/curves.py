@@ -15,7 +15,7 @@ from typing import Any
 from winnow._parse import parse
 from winnow.measure.record import Row
 from winnow.view import files
-from winnow.view.cells import at, family, gmac, groups, name, percent, things, top1
+from winnow.view.rows import at, family, gmac, groups, name, percent, things, top1
 
 INK, MUTED, PAPER = "#1c1f23", "#767c83", "#fdfdfc"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fbf", "#8c564b")

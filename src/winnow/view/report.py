@@ -18,8 +18,9 @@ import numpy as np
 
 from winnow.measure.record import Row
 from winnow.view import curves, files
-from winnow.view.cells import Cell, Group, columns, groups, things, top1
+from winnow.view.columns import Cell, columns
 from winnow.view.overlay import after, spaced
+from winnow.view.rows import Group, groups, things, top1
 from winnow.view.summary import sentences
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from winnow.measure.record import Row
-from winnow.view.cells import Group, absent, at, family, gmac, name, percent, speed, things, top1, verdict
+from winnow.view.rows import Group, absent, at, family, gmac, name, percent, speed, things, top1, verdict
 
 
 def sentences(group: Group) -> list[str]:

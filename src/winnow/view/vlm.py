@@ -15,9 +15,10 @@ from PIL import Image
 import winnow
 
 from .._question import tell
+from ..measure._vlm_families import towers_of
 from ..measure.record import Row
 from ..reducer import Method
-from .overlay import after, draw, grid_of
+from .overlay import Grid, after, draw, grid_of
 from .report import Sheet
 from .sheets import photograph, telling
 
@@ -48,16 +49,36 @@ def layers_of(run: Any, method: Method) -> list[Layers]:
     return found
 
 
-def of(layers: list[Layers], place: int, pictures: int, shape: tuple[int, int]) -> Layers:
-    """What belongs to one picture: a ledger of its own, or its equal share of the prompt's; on a grid of its shape."""
-    if len(layers) == pictures:
-        return [(label, owner.reshape(grid_of(owner, shape)), count) for label, owner, count in layers[place]]
-    if len(layers) != 1 or layers[0][0][1].size % pictures:
+def places(config: Any, inputs: dict[str, Any]) -> list[tuple[int | None, Grid]]:
+    """For each picture that the model saw, its first token among the prompt's image tokens, and the grid they are on.
+
+    None where the host packs its tokens among others: the tiles of LLaVA-NeXT and LLaVA-OneVision, the whole image apart.
+    """
+    (towers,) = towers_of(config, inputs)
+    found: list[tuple[int | None, Grid]] = []
+    start = 0
+    for tower in towers:
+        grid = tower.after.grid
+        assert grid is not None
+        for tile in range(tower.tiles):
+            packed = bool(tower.marks) and tile > 0
+            found.append((None if packed else start + tile * grid[0] * grid[1], grid))
+        start += tower.tokens
+    return found
+
+
+def of(layers: list[Layers], picture: int, where: list[tuple[int | None, Grid]], shape: tuple[int, int]) -> Layers:
+    """What belongs to one of the pictures at `where`: a ledger of its own, or its part of the prompt's; none if packed."""
+    start, grid = where[picture]
+    own = len(layers) == len(where)
+    if not own and (len(layers) != 1 or start is None):
         return []
     found: Layers = []
-    for label, owner, _ in layers[0]:
-        part = np.split(owner, pictures)[place]
-        found.append((label, part.reshape(grid_of(part, shape)), len(np.unique(part[part >= 0]))))
+    first = 0 if own or start is None else start
+    for label, owner, count in layers[picture if own else 0]:
+        part = owner[first : first + grid[0] * grid[1]]  # images of several sizes share one width
+        kept = count if own else len(np.unique(part[part >= 0]))
+        found.append((label, part.reshape(grid_of(part, shape, grid)), kept))
     return found
 
 
@@ -67,7 +88,8 @@ def seen(processor: Any, inputs: dict[str, Any], pictures: Sequence[Image.Image]
     if pixels.ndim < 4:
         return [np.asarray(picture) for picture in pictures]
     tiles = pixels.flatten(0, pixels.ndim - 4)
-    return list(photograph(tiles, image.image_mean, image.image_std))
+    real = (tiles != 0).flatten(1).any(1)  # images of fewer tiles are filled up with zeros
+    return list(photograph(tiles[real], image.image_mean, image.image_std))
 
 
 def sheets(
@@ -107,5 +129,4 @@ def _left(
             model(**inputs, logits_to_keep=1)
     finally:
         winnow.restore(model)
-    layers = layers_of(run, method)
-    return of(layers, 0, len(layers), shape)
+    return of(layers_of(run, method), 0, places(model.config, inputs), shape)
