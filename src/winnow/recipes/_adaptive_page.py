@@ -216,18 +216,18 @@ def _right(row: record.Row | None) -> str:
 
 def _ablations(ours: Found, ablations: Sequence[str]) -> str:
     """One setting changed at a time, at the small budgets."""
-    rows = {name: ours[name] for name in ("after", "encoder", *ablations) if name in ours}
-    if not set(rows) & set(ablations):
+    made = [name for name in ablations if name in ours]
+    bases = [base for base in dict.fromkeys(_base(name, ours) for name in made) if base not in made and base in ours]
+    if not made:
         return ""
     lines = ["## One setting changed\n", CHANGED]
     lines += ["| | " + " | | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " | |"]
     lines += ["|:--|" + "--:|:--|" * len(TESTED)]
-    for name, found in rows.items():
-        cells = [f"`{name}`"]
+    for name in (*bases, *made):
+        found, cells = ours[name], [f"`{name}`"]
         for budget in TESTED:
-            base = rows.get(_base(name, rows), {}).get(budget)
-            tested = name in ablations and budget in found and base is not None
-            cells += [_right(found.get(budget)), _test(found[budget], base) if tested and base else ""]
+            base = ours.get(_base(name, ours), {}).get(budget) if name in made and budget in found else None
+            cells += [_right(found.get(budget)), _test(found[budget], base) if base else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

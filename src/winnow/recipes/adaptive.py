@@ -45,7 +45,10 @@ MAIN: dict[str, AdaptiveKeep] = {
     "after, question": replace(AFTER, text=True),
     "encoder, question": replace(ENCODER, text=True),
 }
+DIVERSE = MAIN["after, diverse"]
 ABLATIONS: dict[str, AdaptiveKeep] = {
+    'after, diverse, train="gather"': replace(DIVERSE, train="gather"),
+    'after, diverse, train="mask"': replace(DIVERSE, train="mask"),
     'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
     'join="concat"': replace(AFTER, join="concat"),
