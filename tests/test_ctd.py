@@ -214,7 +214,7 @@ def test_experiment_end_to_end(made):
     folder, paths, said, again = made
     assert [path.name for path in paths] == ["ctd.md", "results.csv", "curves.png", "curves.svg"]
     assert len(said) == 2 + 2 and again == said, "what the rows hold is neither timed nor trained again"
-    plain, run, *steps = record.read(folder / "results" / "ctd.jsonl")
+    *steps, plain, run = record.read(folder / "results" / "ctd.jsonl")
     assert [(row.step.progress, row.step.tokens) for row in steps] == [(0.0, [64, 64, 64]), (0.5, [64, 52, 42])]
     found = [plain, run]
     assert [r.method for r in found] == [None, repr(CurriculumDrop.seed003_as_run(2))]

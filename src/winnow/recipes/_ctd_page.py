@@ -47,7 +47,8 @@ the last epoch's own steps, augmentation and dropping included; mean drop is the
 not execute, over all of training; tokens are those each block leaves (or gets, where a method acts between blocks),
 mean over training, and GMAC is what they cost in one image's forward, by closed form. Training time is the trainings'
 own, one after another on a machine that did other work too: it is no comparison. Speed is: a step at each epoch's
-progress, timed in turn with the plain model's in one process; plain time / time over all epochs, 95 % interval.
+progress (one where nothing grows), timed in turn with the plain model's in one process; plain time / time over all
+epochs, 95 % interval.
 A claim is judged by the longest experiment that has rows for it; of accuracy only where both sides have several seeds."""
 
 

@@ -84,23 +84,26 @@ class Run:
 
 def runs(wish: Wish) -> Iterator[Run]:
     """Every training of the experiment, those that matter most first."""
-    run = CurriculumDrop.seed003_as_run(wish.epochs)
-    methods: dict[str, Method | None] = {"plain": None}
-    methods |= {
-        name.removeprefix("seed003_"): getattr(CurriculumDrop, name)(wish.epochs) for name in CurriculumDrop.presets
-    }
+    methods = arms(wish)
     for seed in SEEDS:
         for name in MAIN:
             yield Run(name, methods[name], seed)
-    first = SEEDS[0]
-    yield Run("as_coded", methods["as_coded"], first)
-    yield Run("patch_dropout", PatchDropout(rate=round(mean_drop(run, wish.epochs), 2)), first)
-    yield Run("tome", ToMe(r=8), first)
-    yield Run("drip_2x", DRIP(rate=0.5), first)
-    yield Run("drip_4x", DRIP(rate=0.25), first)
+    for name, method in methods.items():
+        if name not in MAIN:
+            yield Run(name, method, SEEDS[0])
     for seed in SEEDS[:FEWER]:
-        for name, method in ablations(run):
+        for name, method in ablations(CurriculumDrop.seed003_as_run(wish.epochs)):
             yield Run(name, method, seed, ablation=True)
+
+
+def arms(wish: Wish) -> dict[str, Method | None]:
+    """The main table: the plain model, the document's three presets, and others; PatchDropout at the tokens of its run."""
+    curriculum = {
+        name.removeprefix("seed003_"): getattr(CurriculumDrop, name)(wish.epochs) for name in CurriculumDrop.presets
+    }
+    patch_dropout = PatchDropout(rate=round(mean_drop(curriculum["as_run"], wish.epochs), 2))
+    others = {"patch_dropout": patch_dropout, "tome": ToMe(r=8), "drip_2x": DRIP(rate=0.5), "drip_4x": DRIP(rate=0.25)}
+    return {"plain": None, **curriculum, **others}
 
 
 def ablations(run: CurriculumDrop) -> Iterator[tuple[str, Method | None]]:
@@ -120,16 +123,16 @@ def mean_drop(method: CurriculumDrop, epochs: int) -> float:
     return 1 - float(np.mean(counts)) / (SMALL.patches or 1)
 
 
-def timed(wish: Wish) -> tuple[CurriculumDrop, ...]:
-    """Methods whose time the document makes claims of."""
-    run = CurriculumDrop.seed003_as_run(wish.epochs)
-    return run, CurriculumDrop.seed003_as_described(wish.epochs), replace(run, saliency="gradient")
+def timed(wish: Wish) -> tuple[Method, ...]:
+    """Methods of the main table, and the saliency whose cost the document names."""
+    gradient = replace(CurriculumDrop.seed003_as_run(wish.epochs), saliency="gradient")
+    return (*(method for method in arms(wish).values() if method is not None), gradient)
 
 
 def time(wish: Wish, results: Path, say: Say = lambda words: None) -> None:
-    """A row per epoch of the arms whose time the document claims: a training step in turn with the plain model's.
+    """Training steps in turn with the plain model's: a row for every epoch where what is dropped grows, else one.
 
-    A few minutes, made once, after the trainings; they want a machine that does nothing else.
+    Half a minute a row, made once, before the trainings; they want a machine that does nothing else.
     """
     for method in timed(wish):
         recipe = Run("time", method, SEEDS[0]).recipe(wish)
@@ -140,7 +143,7 @@ def time(wish: Wish, results: Path, say: Say = lambda words: None) -> None:
         options = {"drop_rate": part.drop, "drop_path_rate": part.drop_path} | part.options
         model = load_model(part.name, num_classes=part.num_classes, options=options).model
         images = torch.randn(recipe.batch, 3, size, size, generator=torch.Generator().manual_seed(recipe.seed))
-        for epoch in range(wish.epochs):
+        for epoch in range(wish.epochs if isinstance(method, CurriculumDrop) else 1):
             progress = epoch / wish.epochs
             if any(step.progress == progress and step.latency.batch == recipe.batch for step in made):
                 continue
@@ -219,9 +222,9 @@ def _same(row: record.Row, recipe: Recipe) -> bool:
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
-    """Train and time what is missing and write the page, the table and the curves."""
-    run(wish, results, say)
+    """Time and train what is missing and write the page, the table and the curves."""
     time(wish, results, say)
+    run(wish, results, say)
     return written(_rows(results), out, curves=logs_of(results))
 
 
