@@ -132,7 +132,7 @@ def test_all_reports_every_check():
 
 def test_wrong_calls_are_refused():
     with pytest.raises(TypeError, match="needs a method such as ToMe"):
-        check_method("ToMe(r=8)")
+        winnow.check_method("ToMe(r=8)")
     with pytest.raises(ValueError, match="no check 'nonsense'; checks: ledger_is_sound"):
         check_method(ToMe(), only="nonsense")
     with pytest.raises(AssertionError, match=r"breaks the contract: executed_tokens_are_promised: .*at most half"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import sys
 from fractions import Fraction
 from math import comb, isclose
@@ -495,6 +496,29 @@ def test_an_interrupted_write_costs_one_line(tmp_path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[2]]))
     assert [one.seed for one in record.read(path)] == [0, 7]
+
+
+def test_a_full_disk_leaves_the_rows_there_were(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    record.append(path, row())
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            record.append(path, row())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+
+
+def test_a_place_no_row_can_go_to_is_refused_and_left_as_it_was(tmp_path):
+    record.check_writable(tmp_path / "new" / "rows.jsonl")
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(IsADirectoryError):
+        record.check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        record.check_writable(tmp_path / "file" / "rows.jsonl")
 
 
 def test_a_row_refuses_what_it_could_not_read_back():

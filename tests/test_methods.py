@@ -735,6 +735,7 @@ def test_positional_and_bare_spellings():
         ("Foo(r=8)", "known: ToMe, PiToMe, EViT"),
         ("ToMe(q=8)", "ToMe has no field 'q'; fields: r, inflect, proportional"),
         ("ToMe(8, r=8)", "ToMe: r is given twice"),
+        ("ToMe(r=8, r=9)", "ToMe: r is given twice"),
         ("ToMe(1, 0.0, True, 4)", "at most 3 values: r, inflect, proportional"),
         ("ToMe(r=8", "a method is written like ToMe(r=8)"),
         ("", "a method is written like ToMe(r=8)"),

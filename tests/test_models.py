@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import winnow
 from winnow.models import load_model
 
 timm = pytest.importorskip("timm")
@@ -258,6 +259,22 @@ class TestHuggingFace:
             (bare / file).write_bytes((root / "vit" / file).read_bytes())
         assert load_model(f"hf:{bare}").weights_hash is None
         assert same(load_model(f"hf:{bare}", seed=1).model, load_model(f"hf:{bare}", seed=1).model)
+
+    def test_a_folder_saved_while_reduced_gives_its_reducer_back(self, hf_folders, tmp_path):
+        root, _ = hf_folders
+        transformers = pytest.importorskip("transformers")
+        kind, images = transformers.ViTForImageClassification, torch.randn(2, 3, 32, 32)
+        model = winnow.reduce(kind.from_pretrained(root / "vit"), winnow.DRIP(rate=0.25, after=1))
+        for weight in winnow.reducer_of(model).parameters():
+            torch.nn.init.normal_(weight)
+        model.save_pretrained(tmp_path / "drip")
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "drip")
+        again = winnow.load(kind.from_pretrained(tmp_path / "drip"), tmp_path / "drip")
+        with torch.no_grad():
+            assert torch.equal(again(images).logits, model(images).logits)
+        refused(r"winnow.load\(model, FOLDER\)", f"hf:{tmp_path / 'drip'}")
+        with pytest.raises(ValueError, match="holds no reduced model"):
+            winnow.load(kind.from_pretrained(root / "vit"), root / "vit")
 
     def test_refusals(self, hf_folders, tmp_path):
         root, made = hf_folders

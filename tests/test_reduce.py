@@ -732,6 +732,13 @@ def test_named_blocks_with_nothing_removed_change_nothing(images):
             assert torch.equal(model(images), plain)
 
 
+def test_named_blocks_are_remembered(images, tmp_path):
+    model = winnow.reduce(encoder(), Grid(keep=Exactly(4), layers=(1,)), blocks="encoder.layers")
+    winnow.save(model, tmp_path / "grid.safetensors")
+    with torch.no_grad():
+        assert torch.equal(winnow.load(encoder(), tmp_path / "grid.safetensors")(images), model(images))
+
+
 def test_named_blocks_refuse():
     refuses(
         TypeError,

@@ -106,3 +106,8 @@ def test_the_saving_is_the_tower_s(monkeypatch, capsys, tmp_path):
 def test_it_is_saved_with_the_model(tmp_path):
     model = winnow.reduce(tiny("llava"), ToMe(r=2), expand=True)
     assert model.config.winnow == {"method": "ToMe(r=2)", "way": "auto", "expand": True}
+    winnow.save(model, tmp_path / "reducer.safetensors")
+    inputs = prompts("llava", IMAGES)
+    with torch.no_grad():
+        again = winnow.load(tiny("llava"), tmp_path / "reducer.safetensors")
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)

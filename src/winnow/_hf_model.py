@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._weights import state_hash
+from ._weights import REDUCER, state_hash
 from .models import LoadedModel, Wish, build, one_line, quiet, reachable_hub, weigh
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -89,6 +89,8 @@ def _stored(spec: str, kind: Any, where: str, config: Any) -> nn.Module:
     """The model with its own weights, every one of them; the pooler of a bare tower may be missing."""
     words = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model, found = kind.from_pretrained(where, **words)
+    if any(key.startswith(REDUCER) for key in found["unexpected_keys"]):
+        raise ValueError("it was saved while reduced, and winnow.load(model, FOLDER) in Python takes its reducer along")
     missing = sorted(found["missing_keys"])
     if missing and all(key.startswith("pooler.") for key in missing):
         model, found = kind.from_pretrained(where, add_pooling_layer=False, **words)

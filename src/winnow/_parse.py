@@ -98,7 +98,8 @@ def _call(cls: Callable[..., Any], node: ast.Call, names: dict[str, type], text:
         raise ValueError(f"{cls.__qualname__} has no field {wrong[0]!r}; fields: {', '.join(fields)}")
     if len(node.args) > len(fields):
         raise ValueError(f"{cls.__qualname__} takes at most {len(fields)} values: {', '.join(fields)}")
-    twice = [name for name in fields[: len(node.args)] if name in words]
+    given = [*fields[: len(node.args)], *(str(word.arg) for word in node.keywords)]
+    twice = [name for name in words if given.count(name) > 1]
     if twice:
         raise ValueError(f"{cls.__qualname__}: {twice[0]} is given twice in {text!r}")
     try:

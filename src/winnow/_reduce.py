@@ -59,6 +59,7 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
     setting = host.setting
     reducer = method.build(setting.depth, setting.width, setting.heads, setting.patches, setting.prefix)
     seat = (host.seat or Seat)(host, reducer, way)
+    seat.told = {name: value for name, value in (("blocks", blocks), ("expand", expand)) if value}
     like = next(host.blocks[0].parameters(), torch.empty(0))
     reducer.to(like.device, like.dtype).train(model.training)
     reducer.seat = seat
@@ -69,9 +70,9 @@ def reduce(model: Model, method: Method, way: Way = "auto", blocks: str | None =
         _replace(seat, patch.module, patch.name, patch.function, Slot(seat, patch.module))
         if patch.signed:
             own = getattr(type(patch.module), patch.name).__get__(patch.module)
-            patch.module.__dict__[patch.name].__signature__ = inspect.signature(own)
+            patch.module.__dict__[patch.name].__signature__ = _names(inspect.signature(own))
     if hasattr(model, "save_pretrained"):
-        setattr(model.config, SIGNED, {"method": repr(method), "way": str(way), **({"expand": True} if expand else {})})
+        setattr(model.config, SIGNED, {"method": repr(method), "way": str(way), **seat.told})
     return model
 
 
@@ -132,6 +133,12 @@ def _replace(seat: Seat, module: nn.Module, name: str, function, slot: Slot) -> 
     # a partial, not a closure or a bound method: after deepcopy it belongs to the copy, and it pickles
     module.__dict__[name] = partial(function, slot)
     seat.patched.append((module, name))
+
+
+def _names(signature: inspect.Signature) -> inspect.Signature:
+    """The same without annotations: some of the host's hold code, which does not pickle."""
+    bare = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    return inspect.Signature(bare)
 
 
 def _check_free(model: nn.Module) -> None:

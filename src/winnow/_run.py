@@ -94,6 +94,8 @@ class Seat:
         self.sites = frozenset(reducer.method.sites(host.setting.depth))
         self.run, self.watches = Run(), []  # type: tuple[Run, list[Watch]]
         self.patched: list[tuple[nn.Module, str]] = []
+        self.told: dict[str, Any] = {}
+        """What else `reduce` was told: blocks, expand."""
         self.host = host
 
     def __getstate__(self) -> dict[str, Any]:

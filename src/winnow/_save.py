@@ -5,6 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ._parse import parse, parse_way
-from ._reduce import reduce, reducer_of, restore, seat_of
-from ._weights import REDUCER, fit, read_weights, read_words
+from ._reduce import SIGNED, reduce, reducer_of, restore, seat_of
+from ._weights import REDUCER, fit, read_weights, read_words, reducer_in
 from .reducer import Method
 from .ways import Way
 
@@ -29,7 +30,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     from . import __version__
 
     reducer = reducer_of(model)
-    words = {"winnow": __version__, "method": repr(reducer.method), "way": str(seat_of(model).way)}
+    seat = seat_of(model)
+    words = {"winnow": __version__, "method": repr(reducer.method), "way": str(seat.way)}
+    words |= {name: str(value) for name, value in seat.told.items()}
     state = {name: value.contiguous().cpu() for name, value in reducer.state_dict().items()}
     target = Path(path)
     part = target.with_name(target.name + ".part")
@@ -46,9 +49,28 @@ def save(model: nn.Module, path: str | Path) -> None:
 def load(model: Model, path: str | Path) -> Model:
     """Reduce the model as the file says and load the reducer's weights, and the model's own where `winnow train` wrote it.
 
-    ValueError if the file is neither's, or does not fit.
+    path: a file, or the folder that `save_pretrained` made of a reduced Hugging Face model. ValueError if it is neither,
+    or does not fit.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    words, state = _folder(path) if path.is_dir() else _file(path)
+    method, way = parse(words["method"]), parse_way(words.get("way", "auto"))
+    reduce(model, method, way, words.get("blocks"), words.get("expand") == "True")
+    try:
+        if "model" in words:
+            fit(model, state, path, type(model).__name__)
+        else:
+            reducer_of(model).load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        restore(model)
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit {words['method']} on this model: {first}") from None
+    return model
+
+
+def _file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors."""
+    if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
@@ -58,17 +80,16 @@ def load(model: Model, path: str | Path) -> Model:
         raise ValueError(f"{path} is not a safetensors file or is cut short ({error})") from None
     if not words.get("method"):
         raise ValueError(f"{path} holds no method: it was not written by winnow.save()")
-    reduce(model, parse(words["method"]), parse_way(words.get("way", "auto")))
-    try:
-        if "model" in words:
-            fit(model, state, Path(path), type(model).__name__)
-        else:
-            reducer_of(model).load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
-        restore(model)
-        first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path} does not fit {words['method']} on this model: {first}") from None
-    return model
+    return words, state
+
+
+def _folder(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The same of a Hugging Face folder: its configuration's words, and the reducer's tensors."""
+    config = path / "config.json"
+    signed = json.loads(config.read_text(encoding="utf-8")).get(SIGNED) if config.is_file() else None
+    if not signed:
+        raise ValueError(f"{path} holds no reduced model: save_pretrained() writes one while it is reduced")
+    return {name: str(value) for name, value in signed.items()}, reducer_in(path)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,16 @@ def read_words(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def reducer_in(folder: Path) -> dict[str, Tensor]:
+    """The reducer's weights among those of a Hugging Face model, whatever files of the folder they are in."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith(REDUCER)]  # noqa: SIM118
+            found |= {key.removeprefix(REDUCER): file.get_tensor(key) for key in names}
+    return found
+
+
 def _state(path: Path, found: Any) -> dict[str, Tensor]:
     """The state dict inside a checkpoint: bare, or under `model` or `state_dict`; DDP's `module.` is taken off."""
     for key in ("model", "state_dict"):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import typer
 
 from . import compare, doctor, generate, list_, lr_find, measure, report, show, train
@@ -25,6 +27,8 @@ for verb in (list_, show, doctor, measure, compare, report, generate, train, lr_
     app.command(name=verb.NAME)(verb.command)
 app.add_typer(eval_.app, name=eval_.NAME)
 app.add_typer(data_.app, name=data_.NAME)
+REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+"""What the library raises on purpose, with words that say what would work."""
 
 
 @app.callback()
@@ -35,7 +39,7 @@ def _group() -> None:
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2 (WINNOW_TRACEBACK=1 shows where it came from)."""
     try:
-        code = app(standalone_mode=False)
+        code = app(args=_together(sys.argv[1:]), standalone_mode=False)
     except Usage as error:
         print(
             f"winnow: {error.format_message()} (winnow --help lists verbs, winnow VERB --help options)", file=sys.stderr
@@ -44,9 +48,33 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("winnow: interrupted; rows already made are kept, the same command goes on from there", file=sys.stderr)
         code = 130
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except BrokenPipeError:  # who reads has enough, as in `winnow list | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
         if os.environ.get("WINNOW_TRACEBACK"):
             raise
-        print("winnow: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"winnow: {_said(error)}", file=sys.stderr)
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _together(words: Sequence[str]) -> list[str]:
+    """`--budgets 64 128 256` as `--budgets 64,128,256`: typer gives an option one value."""
+    found: list[str] = []
+    for word in words:
+        if found[-2:-1] == ["--budgets"] and word.replace(".", "", 1).isdigit():
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, in one line."""
+    words = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in words:
+        return f"out of memory ({words.partition('. ')[0] or type(error).__name__}): try a smaller --batch"
+    if isinstance(error, REFUSALS):
+        return words
+    return f"{type(error).__name__}: {words} (nobody foresaw this: please report it; WINNOW_TRACEBACK=1 shows where)"

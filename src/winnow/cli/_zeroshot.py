@@ -5,6 +5,7 @@ Radford et al., CLIP, 2021; towers, class names and templates by open_clip.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -105,6 +106,7 @@ def zeroshot(
     """Top-1 and top-5 with classes named in words, 95 % Wilson intervals."""
     from ..data import open_images
 
+    record.check_writable(results)
     images = open_images(data, split=split, limit=limit)
     if images.labels is None:
         raise ValueError(f"{images.name} has no labels, and zero-shot accuracy is counted with them")
@@ -121,9 +123,9 @@ def zeroshot(
         task="zeroshot", model=by.clip.spec, weights=by.clip.weights_hash,
         method=None if by.method is None else repr(by.method),
         data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash),
-        role="plain" if by.method is None else "method", way="auto", counts=counts, accuracy=accuracy_of(top1), seed=seed,
-        device=by.device.type, environment=record.environment(), commit=record.commit(), command=record.command(),
-        time=record.now(),
+        role="plain" if by.method is None else "method", way="auto", counts=counts, accuracy=accuracy_of(top1),
+        top5=accuracy_of(top5), seed=seed, device=by.device.type, environment=record.environment(), commit=record.commit(),
+        command=record.command(), time=record.now(),
     )  # fmt: skip
     record.append(results, row)
     if as_json:
@@ -149,6 +151,7 @@ def retrieve(
     workers: Workers = 0,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
+    as_json: o.Json = False,
 ) -> None:
     """Recall at 1, 5 and 10 of the caption to an image and of the image to a caption, 95 % Wilson intervals."""
     from ..data.pairs import groups, open_pairs
@@ -159,6 +162,10 @@ def retrieve(
     said = [pairs.caption(i) for i in range(len(pairs))]
     tokens = [by.clip.tokenize(said[i : i + batch]).to(by.device) for i in range(0, len(said), batch)]
     found = retrieval(features, torch.cat([by.texts(one) for one in tokens]), groups(pairs).to(by.device))
+    if as_json:
+        shares = {name: [share, *wilson(round(share * len(pairs)), len(pairs))] for name, share in found.items()}
+        print(json.dumps({"pairs": len(pairs), "left_out": len(pairs.failures), **shares}))
+        return
     print(f"{by.clip.spec}, {method or 'plain'}: {len(pairs)} pairs, {len(pairs.failures)} left out")
     for name, share in found.items():
         print(_line(name, round(share * len(pairs)), len(pairs)))

@@ -32,7 +32,7 @@ def command(
     weights: o.Weights = None,
     pretrained: o.Pretrained = False,
     out: Annotated[Path, typer.Option(help="picture to write: .png or .svg")] = Path("show.png"),
-    layers: Annotated[int, typer.Option(help="at most so many layers per method")] = 4,
+    layers: Annotated[int, typer.Option(min=1, help="at most so many layers per method")] = 4,
     verbose: Annotated[bool, typer.Option("--verbose", help="print counts, scores and the kept mask by layer")] = False,
     mean: o.Mean = None,
     std: o.Std = None,
