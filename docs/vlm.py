@@ -15,7 +15,8 @@ from winnow.compare import paired
 from winnow.measure import record
 from winnow.methods import BASELINES
 from winnow.reducer import Method
-from winnow.view import cells
+from winnow.view.columns import NONE
+from winnow.view.rows import groups, percent, top1, verdict
 from winnow.view.summary import sentences
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -56,11 +57,11 @@ def table(rows: Sequence[record.Row]) -> str:
 
 
 def _cell(row: record.Row | None) -> str:
-    right = cells.top1(row) if row is not None else None
+    right = top1(row) if row is not None else None
     if right is None:
-        return cells.NONE
-    span = f"{cells.percent(right.low, 0)}–{cells.percent(right.high, 0)}"
-    return f"{cells.percent(right.value)} ({span}){MARKS[cells.verdict(right.vs_baseline)]}"
+        return NONE
+    span = f"{percent(right.low, 0)}–{percent(right.high, 0)}"
+    return f"{percent(right.value)} ({span}){MARKS[verdict(right.vs_baseline)]}"
 
 
 def others(rows: Sequence[record.Row]) -> str:
@@ -74,7 +75,7 @@ def others(rows: Sequence[record.Row]) -> str:
 def page() -> str:
     """The page with what today's rows say."""
     rows = paired(record.read(ROWS))
-    (group,) = cells.groups(rows)
+    (group,) = groups(rows)
     findings = "\n".join(f"- {words}" for words in sentences(group)) + "\n"
     parts = {"table": table(group.rows), "others": others(group.rows), "findings": findings}
 

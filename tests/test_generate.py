@@ -13,8 +13,9 @@ from PIL import Image
 from vlms import IMAGE, llava
 
 from winnow import Exactly, FastV, PruMerge, PyramidDrop, Random
-from winnow._vlm_model import ask, load_vlm
-from winnow.cli import generate, main
+from winnow._vlm_model import load_vlm
+from winnow.cli import main
+from winnow.cli._answers import Answering
 from winnow.view import vlm as kept
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -64,11 +65,11 @@ def test_the_command_answers_and_draws(folder, tmp_path):
 
 
 def test_what_is_drawn_is_what_was_kept(folder):
-    processor, vlm = load_vlm(f"hf:{folder}")
+    asked = Answering(f"hf:{folder}", [], None, 3, torch.device("cpu"))
     photo = Image.open(folder / "photo.png").convert("RGB")
     prompt = "what is this ?"
-    inputs = ask(processor, [[photo, photo.rotate(90)]], [prompt])
-    shown = kept.seen(processor, inputs, [photo, photo])
+    inputs = asked.inputs([photo, photo.rotate(90)], prompt)
+    shown, where = kept.seen(asked.processor, inputs, [photo, photo]), kept.places(asked.vlm.config, inputs)
     assert len(shown) == 2 and shown[0].shape == (32, 32, 3)
     stages = {
         Random(keep=Exactly(6), at="tower"): [("after the tower", 12)],
@@ -77,8 +78,8 @@ def test_what_is_drawn_is_what_was_kept(folder):
         PyramidDrop((1, 3), (0.5, 0.25)): [("from block 1", 16), ("from block 3", 8)],
     }
     for method, wanted in stages.items():
-        row, layers = generate._reduced(processor, vlm, method, inputs, prompt, 3)
-        per_picture = [kept.of(layers, place, 2, (32, 32)) for place in range(2)]
+        row, layers = asked.reduced(method, inputs, prompt)
+        per_picture = [kept.of(layers, place, where, (32, 32)) for place in range(2)]
         for stage, (label, count) in enumerate(wanted):
             counts = [one[stage][2] for one in per_picture]
             assert all(kept.words(one[stage][0]) == label and one[stage][1].shape == (4, 4) for one in per_picture)

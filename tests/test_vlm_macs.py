@@ -170,8 +170,8 @@ def test_unknown_models_are_refused():
         vlm_macs(transformers.LlamaConfig(), 64, 64)
     with pytest.raises(ValueError, match="multiples of 2"):
         vlm_macs(qwen(), 4, 64)
-    with pytest.raises(TypeError, match="counted as"):
-        vlm_macs(transformers.LlavaNextConfig(), 64, 64)
+    with pytest.raises(TypeError, match="the closed form knows"):
+        vlm_macs(transformers.PaliGemmaConfig(), 64, 64)
 
 
 # ---- winnow measure --text

@@ -98,7 +98,7 @@ class WinnowHf(lmms):
         images = [chat.extract_media()[0] for chat in chats]
         if any(chat.extract_media()[1] or chat.extract_media()[2] for chat in chats):
             raise ValueError(f"{NAME} reads images and text; this task has video or sound")
-        given = {"images": [one for several in images for one in several]} if any(images) else {}
+        given = {"images": images} if any(images) else {}
         inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **given).to(
             self._device, self.model.dtype
         )

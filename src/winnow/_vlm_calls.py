@@ -58,6 +58,13 @@ def forward(slot: Slot, *args: Any, **words: Any) -> Any:
     words = dict(zip(names, args)) | words
     if words.get("vision_feature_layer") is not None and seat.facts.where != "llm":
         raise ValueError("vision_feature_layer at call time: set it in the config before winnow.reduce")
+    images, past = words.get("pixel_values"), words.get("past_key_values")
+    unknown = words.get("inputs_embeds") is not None and images is None and not words.get("mm_encoder_outputs")
+    if seat.facts.where == "llm" and unknown and not (past is not None and past.get_seq_length()):
+        raise ValueError(
+            f"{seat.reducer.method} must know which embeddings are images': pass input_ids and pixel_values, or "
+            "inputs_embeds of the placeholders and pixel_values"
+        )
     seat.now = Moment()
     seat.now.labels = labels = words.pop("labels", None)
     seat.now.asked = words.get("input_ids"), words.get("attention_mask"), labels
@@ -119,6 +126,8 @@ def language(slot: Slot, **words: Any) -> Any:
     llm = slot.module
     run: Callable[..., Any] = partial(type(llm).forward, llm)
     past, images = words.get("past_key_values"), seat.now.images
+    if images is None and seat.facts.where != "llm":
+        images = _given(words.get("inputs_embeds"))
     seat.now.images = seat.now.asked = None
     memory: dict[int, Columns] = getattr(past, MEMORY, {})
     if images is None and not memory:
@@ -126,14 +135,24 @@ def language(slot: Slot, **words: Any) -> Any:
     _check(words, memory)
     if seat.facts.where == "llm":
         flow = seat.now.flow = Flow(seat, images, words, memory)
-        out, held = run(**words), flow.finish()
-        seat.now.flow = None
+        try:
+            out, held = run(**words), flow.finish()
+        finally:
+            seat.now.flow = None
     else:
         words, whole = _shorten(seat, images, words, memory)
         out, held = run(**words), {0: whole}
     if getattr(out, "past_key_values", None) is not None:
         setattr(out.past_key_values, MEMORY, held)
     return out
+
+
+def _given(x: Tensor | None) -> Tensor | None:
+    """[B, L] empty slots among a prompt's embeddings [B, L, D], into which the caller put image features; None if none."""
+    if x is None or x.shape[1] == 1:
+        return None
+    empty = (x == EMPTY).all(-1)
+    return empty if bool(empty.any()) else None
 
 
 def _check(words: dict[str, Any], memory: dict[int, Columns]) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
 from ._parse import parse, parse_way
 from ._reduce import SIGNED
 from ._save import Trained
-from ._weights import REDUCER
+from ._weights import reducer_in
 from .models import one_line, quiet, reachable_hub
 
 SHIPPED = {"scenes": "llava_scenes.hf"}
@@ -99,19 +98,15 @@ def _reducer(name: str) -> dict[str, Tensor]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = [key for key in file.keys() if key.startswith(REDUCER)]  # noqa: SIM118
-            found |= {key.removeprefix(REDUCER): file.get_tensor(key) for key in names}
-    return found
+    return reducer_in(folder)
 
 
 def ask(processor: Any, pictures: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> dict[str, Any]:
     """What the processor makes of questions, each about some images, in the model's own chat template if it has one."""
     texts = [_told(processor, len(several), prompt) for several, prompt in zip(pictures, prompts, strict=True)]
-    flat = [picture for several in pictures for picture in several]
-    return dict(processor(images=flat or None, text=texts, padding=len(texts) > 1, return_tensors="pt"))
+    # sample by sample: some processors treat one image of a prompt otherwise than several
+    images = [list(several) for several in pictures] if any(pictures) else None
+    return dict(processor(images=images, text=texts, padding=len(texts) > 1, return_tensors="pt"))
 
 
 def _told(processor: Any, images: int, prompt: str) -> str:

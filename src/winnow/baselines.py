@@ -5,22 +5,28 @@ VTC-Bench and UniPruneBench (2025): nothing is better than doing nothing clever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+import winnow
+
 from .adapters import host_of
-from .measure import vlm_macs
+from .measure._vlm_families import decoder_of
+from .measure._vlm_shapes import Tower
 from .measure.closed_form import closed_form
+from .measure.vlm import prompt_macs
 from .methods import Downsample, Grid, Pool, Random
 from .parts.amount import Exactly, Keep
 from .reducer import Method, Setting
 
 SLACK = 1.02
 """A baseline may cost at most this times the method."""
+Prompt = tuple[tuple[Tower, ...], int]
+"""The images of a prompt, and its other tokens."""
 NEAR = 0.97
 """A baseline already run stands in for another one down to this times the method."""
 
@@ -53,27 +59,47 @@ def equal_cost(model: nn.Module, macs: float) -> Iterator[Method]:
             yield fitting
 
 
-def equal_cost_vlm(model: Any, macs: float, text: int) -> Iterator[Method]:
-    """The same for a vision-language model and a prompt of `text` other tokens: at the tower, inside it, a smaller image.
+def equal_cost_vlm(model: Any, macs: float, prompts: Sequence[Prompt]) -> Iterator[Method]:
+    """The same for a vision-language model, in the mean over some prompts: at the tower, inside it, a smaller image.
 
-    What acts at the tower saves nothing in it: where `macs` are fewer than the tower's, only the others are left.
+    What acts at the tower saves nothing in it: where `macs` are fewer than the tower's, only the others are left. What the
+    model cannot be reduced with is left out.
     """
-    setting = host_of(model).setting
+    setting, llm = host_of(model).setting, decoder_of(model.config)
+    texts: dict[tuple[Tower, ...], list[int]] = {}  # prompts with the same images count together, with their mean text
+    for towers, text in prompts:
+        texts.setdefault(towers, []).append(text)
 
     def cost(method: Method) -> float:
-        return vlm_macs(model.config, method, text).total
+        total = 0.0
+        for towers, several in texts.items():
+            left = sum(tower.left(method.count(tower.each, 0, tower.each)) for tower in towers)
+            kept = left if method.facts.where == "tower" else None
+            mean = round(sum(several) / len(several))
+            total += len(several) * prompt_macs(towers, llm, method, mean, kept=kept).total
+        return total / len(prompts)
 
-    assert setting.patches is not None and setting.patch is not None and setting.grid is not None
-    sizes = [setting.patch[0] * cells for cells in range(1, min(setting.grid))]
-    ladders: list[list[Method]] = [[Downsample(size) for size in sizes]]
-    shares, layers = [Keep(share / 200) for share in range(1, 200)], thirds(setting)
+    shares = [Keep(share / 200) for share in range(1, 200)]
+    amounts: list = shares if setting.patches is None else [Exactly(k) for k in range(1, setting.patches)]
+    ladders: list[list[Method]] = []
+    if setting.patch is not None and setting.grid is not None:
+        ladders.append([Downsample(setting.patch[0] * cells) for cells in range(1, min(setting.grid))])
     for family in (Random, Grid, Pool):
-        ladders.append([family(keep=Exactly(k), at="tower") for k in range(1, setting.patches)])
-        ladders.append([family(keep=share, layers=layers) for share in shares])
+        ladders.append([family(keep=amount, at="tower") for amount in amounts])
+        ladders.append([family(keep=amount, layers=thirds(setting)) for amount in shares])
     for ladder in ladders:
-        fitting = _last_fitting(cost, ladder, macs)
+        fitting = _last_fitting(cost, ladder, macs) if takes(model, ladder[0]) else None
         if fitting is not None:
             yield fitting
+
+
+def takes(model: nn.Module, method: Method) -> bool:
+    """Whether the model can be reduced with such a method."""
+    try:
+        winnow.restore(winnow.reduce(model, method))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _last_fitting(cost: Callable[[Method], float | None], ladder: list[Method], macs: float) -> Method | None:

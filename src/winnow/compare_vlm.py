@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,14 @@ from torch import nn
 
 import winnow
 
-from .baselines import equal_cost_vlm
+from .baselines import Prompt, equal_cost_vlm
 from .compare import Comparison
-from .measure import VlmMacs, count_macs, peak_memory, vlm_macs
+from .measure import VlmMacs, count_macs, peak_memory
 from .measure import record as rec
+from .measure._vlm_families import decoder_of, towers_of
+from .measure._vlm_shapes import Tower
 from .measure.closed_form import check_counted
+from .measure.vlm import prompt_macs
 from .measure.vlm_time import compare_vlm_latency, first_token
 from .parts.amount import Exactly, Keep
 from .reducer import Method
@@ -38,28 +41,42 @@ class VlmComparison(Comparison):
     waits: dict[str | None, list[rec.Latency]] = field(default_factory=dict)
     """Timed answers of the configuration that was timed last."""
 
+    @cached_property
+    def asked(self) -> list[Prompt]:
+        """The images and the other tokens of each question."""
+        config: Any = self.model.config
+        found: list[Prompt] = []
+        for inputs, _ in self.batches:
+            other = inputs["attention_mask"].bool() & (inputs["input_ids"] != config.image_token_id)
+            found += zip(towers_of(config, inputs), other.sum(1).tolist(), strict=True)
+        return found
+
     def _check(self, methods: Sequence[Method]) -> None:
         super()._check(methods)
+        config: Any = self.model.config
+        llm, towers = decoder_of(config), towers_of(config, _first(self.batches))[0]
         for method in (None, *methods):  # a cost that nobody can tell is refused before the first answer
-            if method is None or method.facts.static or method.facts.where != "tower":
-                vlm_macs(self.model.config, method, 1)
+            apart = method is not None and method.facts.where == "tower"
+            prompt_macs(towers, llm, method, 1, kept=sum(one.tokens for one in towers) if apart else None)
 
     def _answers(self, model: nn.Module, watched: bool) -> Said:
         return answer(model, self.batches, watched)  # type: ignore[arg-type]
 
     def _cost(self, method: Method | None, answers: Any) -> dict[str, Any]:
         """Closed form sample by sample; counted on the first, which must agree with it."""
-        config: Any = self.model.config
+        llm = decoder_of(self.model.config)
+        apart = method is not None and method.facts.where == "tower"
 
         @cache
-        def said(tokens: tuple[int, ...], text: int) -> VlmMacs:
-            if method is None or method.facts.static:
-                return vlm_macs(config, method, text)
-            return vlm_macs(config, method, text, kept=tokens[0])
+        def said(towers: tuple[Tower, ...], tokens: tuple[int, ...], text: int) -> VlmMacs:
+            return prompt_macs(towers, llm, method, text, kept=tokens[0] if apart else None)
 
-        each = [said(tuple(n), t) for n, t in zip(answers.tokens.tolist(), answers.text.tolist(), strict=True)]
+        each = [
+            said(images, tuple(n), text) for (images, text), n in zip(self.asked, answers.tokens.tolist(), strict=True)
+        ]
         totals = np.array([one.total for one in each])
-        counted = count_macs(self.model, {**_first(self.batches), "logits_to_keep": 1})
+        first = _first(self.batches)  # counted per row of its first tensor, and pixels have a row per tile
+        counted = count_macs(self.model, {"input_ids": first["input_ids"], **first, "logits_to_keep": 1})
         check_counted(counted, each[0].total, repr(method) if method else self.name)
         tokens = answers.tokens.double().mean(0)
         return {
@@ -91,8 +108,7 @@ class VlmComparison(Comparison):
         return next(self.model.parameters()).device
 
     def _equal_cost(self, macs: float) -> Iterator[Method]:
-        text = int((_first(self.batches)["input_ids"] != self.model.config.image_token_id).sum())  # type: ignore[union-attr]
-        return equal_cost_vlm(self.model, macs, text)
+        return equal_cost_vlm(self.model, macs, self.asked)
 
 
 def _first(prompts: Any) -> dict[str, Any]:

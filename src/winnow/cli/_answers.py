@@ -1,4 +1,4 @@
-"""Answers to a file of LLaVA's questions, one JSON line each, as LLaVA's own scripts write them; goes on where it stopped.
+"""Answers of a vision-language model, plain or reduced; to a file of LLaVA's questions as LLaVA's own scripts write them.
 
 Liu et al., 2023; questions {question_id, image, text}, answers {question_id, prompt, text, answer_id, model_id, metadata}.
 """
@@ -8,10 +8,79 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor
+
+import winnow
+
+from .._question import tell
+from .._vlm_model import ask, bare_vlm
+from ..compare_vlm import at_budgets
 from ..data.llava_eval.answers import Question, questions, records
+from ..reducer import Method
+from ..view import vlm as kept
+from .show import _open
+
+
+class Answering:
+    """A model with its processor, and the methods asked for: or the one that the model was saved with."""
+
+    def __init__(
+        self, spec: str, methods: Sequence[Method], budget: float | None, tokens: int, device: torch.device
+    ) -> None:
+        self.processor, self.vlm, self.trained = bare_vlm(spec)
+        saved = [self.trained.method] if self.trained and self.trained.method else []
+        found = list(methods) or saved
+        self.methods = found if budget is None else at_budgets(found, [budget])
+        self.vlm.to(device)
+        self.spec, self.tokens, self.device = spec, tokens, device
+
+    @property
+    def name(self) -> str:
+        """The model, with the method that `once` answers with."""
+        return f"{self.spec} {self.methods[0]!r}" if self.methods else self.spec
+
+    def inputs(self, pictures: list[Image.Image], prompt: str) -> dict[str, Any]:
+        """What the model is given, on its device."""
+        found = ask(self.processor, [pictures], [prompt])
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in found.items()}
+
+    def plain(self, inputs: dict[str, Any], method: Method | None = None) -> dict[str, Any]:
+        """One row: the method, the model's answer as it is now, and the image tokens in the prompt."""
+        ids = self.vlm.generate(**inputs, max_new_tokens=self.tokens, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        placeholders = int((inputs["input_ids"] == self.vlm.config.image_token_id).sum())
+        words = self.processor.decode(new, skip_special_tokens=True).strip()
+        return {"method": method and repr(method), "answer": words, "image_tokens": placeholders}
+
+    def reduced(self, method: Method, inputs: dict[str, Any], prompt: str) -> tuple[dict[str, Any], list[kept.Layers]]:
+        """The row of a method, with the image tokens it left, and what it kept where."""
+        self._put(method)
+        with winnow.watch(self.vlm) as run:
+            tell(self.vlm, [prompt])
+            row = self.plain(inputs, method)
+        winnow.restore(self.vlm)
+        apart = method.facts.where == "llm"
+        row["image_tokens"] -= int((run.ledger.owner < 0).sum() if apart else run.columns.total.sum())
+        return row, kept.layers_of(run, method)
+
+    def once(self, path: Path | None, prompt: str) -> str:
+        """The answer with the first method, if there is one; the model stays reduced for the next question."""
+        method = next(iter(self.methods), None)
+        if method is not None:
+            if not hasattr(self.vlm, "reducer"):
+                self._put(method)
+            tell(self.vlm, [prompt])
+        return self.plain(self.inputs([] if path is None else [_open(path)], prompt), method)["answer"]
+
+    def _put(self, method: Method) -> None:
+        """Reduce the model, with trained weights where they are the method's."""
+        (winnow.reduce if self.trained is None else self.trained.reduce)(self.vlm, method)
 
 
 def answer_all(

@@ -15,28 +15,40 @@ import torch
 
 import winnow
 
+from .._parse import parse
 from .._vlm_model import bare_vlm
 from .._weights import state_hash
+from ..baselines import takes
 from ..compare_vlm import VlmComparison, at_budgets
 from ..data.conversations import Conversations, open_conversations
 from ..data.scenes import patch_objects
 from ..measure import record
+from ..measure._vlm_families import towers_of
 from ..reducer import Method
 from ..tasks.answer import Prompts
 from ..view import vlm
 from ..view.report import Sheet
+from ._compare_model import seen
 from ._progress import Progress
 
 DATA = "scenes"
+METHODS = ("PruMerge()", "VisionZip()", "DivPrune()", "VisPruner()", "FastV()", "ToMe(r=8)")
+"""What is compared where no method is named."""
 
 
 def compare_vlm(
-    spec: str, methods: Sequence[Method], budgets: Sequence[float], data: str | None, split: str, limit: int | None, *,
-    results: Path, fresh: bool, batch: int, sizes: Sequence[int], pairs: int, pictures: int, way: Any, device: torch.device,
+    spec: str, methods: Sequence[Method] | None, budgets: Sequence[float], data: str | None, split: str,
+    limit: int | None, *, results: Path, fresh: bool, batch: int, sizes: Sequence[int], pairs: int, pictures: int,
+    way: Any, device: torch.device,
 ) -> tuple[list[record.Row], list[Sheet]]:  # fmt: skip
-    """Rows and pictures of a vision-language model; ValueError before any work where something cannot be."""
+    """Rows and pictures of a vision-language model; ValueError before any work where something cannot be.
+
+    methods: None for those of METHODS that the model can be reduced with.
+    """
     samples = open_conversations(data or DATA, split or ("test" if (data or DATA) == DATA else ""), limit)
     processor, model, trained = bare_vlm(spec)
+    if methods is None:
+        methods = [method for method in map(parse, METHODS) if takes(model, method)]
     methods = at_budgets(methods, budgets)
     if trained is not None:
         trained.check(methods)
@@ -48,7 +60,7 @@ def compare_vlm(
             model=model.to(device), name=spec, weights=state_hash(model.state_dict() | own), labels=prompts.answers, way=way,
             batches=prompts, data=record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash),
             results=results, sizes=[size for size in sizes if size], pairs=pairs, fresh=fresh, say=progress.say,
-            objects=_objects(samples, processor.image_processor), reduce=reduce,
+            objects=_objects(samples, processor.image_processor, prompts, model.config), reduce=reduce,
         )  # fmt: skip
         progress.total = len(samples)
         rows = comparison.run(methods)
@@ -56,11 +68,17 @@ def compare_vlm(
         return rows, vlm.sheets(model, prompts, methods, rows, pictures, reduce)
 
 
-def _objects(samples: Conversations, maker: Any) -> Callable[[tuple[int, int]], np.ndarray] | None:
-    """The patches of the object each question is about, masks having gone through the processor; None without masks."""
-    from .compare import seen
+def _objects(
+    samples: Conversations, maker: Any, prompts: Prompts, config: Any
+) -> Callable[[tuple[int, int]], np.ndarray] | None:
+    """The patches of the object each question is about, masks having gone through the processor.
 
+    None without masks, and where the model does not see one image of one size, patch by patch.
+    """
     if any(sample.mask is None for sample in samples.samples):
+        return None
+    (towers,) = towers_of(config, prompts.batch_of(samples.samples[:1]).inputs)
+    if [one.tiles for one in towers] != [1] or towers[0].whole:
         return None
 
     def pixels(image: Any) -> torch.Tensor:

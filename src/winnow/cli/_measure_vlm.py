@@ -25,6 +25,7 @@ from ..measure.vlm_time import compare_vlm_latency, first_token, per_token, vlm_
 from ..models import one_line, quiet, reachable_hub
 from ..reducer import Method
 from ..twin import twin
+from ._printed import print_rows, table_of
 
 STAGES = ("vision", "reducer", "projector", "prefill", "decode")
 WEIGHTS = "*.safetensors"
@@ -58,8 +59,7 @@ def measure_vlm(
     else:
         count_vlm_macs(config, None, text, grid=patches)  # an error where count and closed form differ
     if as_json:
-        found = [row.model_dump_json(by_alias=True) for row in rows] or [json.dumps(asdict(one)) for one in said]
-        print("[" + ",\n ".join(found) + "]")
+        print_rows(rows) if rows else print("[" + ",\n ".join(json.dumps(asdict(one)) for one in said) + "]")
         return
     Console().print(_table((None, *methods), said, rows))
     if expand:
@@ -121,18 +121,18 @@ def _row(
 
 
 def _table(methods: Sequence[Method | None], said: Sequence[VlmMacs], rows: Sequence[record.Row]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    stages, more = (f"{stage} GMAC" for stage in STAGES), ("counted", "peak MiB", "first token", "ms per token")
     heads = [
         "method",
         "image tokens",
         "prompt",
-        *(f"{stage} GMAC" for stage in STAGES),
+        *stages,
         "total GMAC",
         "of plain",
         "cache MiB",
+        *(more if rows else ()),
     ]
-    for head in [*heads, *(("counted", "peak MiB", "first token", "ms per token") if rows else ())]:
-        table.add_column(head, justify="left" if head in ("method", "first token") else "right", overflow="fold")
+    table = table_of(heads, left=("method", "first token"))
     for at, (method, one) in enumerate(zip(methods, said)):
         kept = dict.fromkeys(one.image_tokens)
         cells = [repr(method) if method else "plain", " ".join(map(str, kept)), str(one.prompt_tokens)]

@@ -5,7 +5,7 @@ Winnow's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,9 @@ from ..reducer import Method
 
 MODELS = "timm:NAME, open_clip:NAME[/TAG] or hf:ID_OR_PATH"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS, show_default=False)]
-Methods = Annotated[list[str], typer.Option("--method", "-m", help="a method as in ToMe(r=8); may be repeated")]
+A_METHOD = "a method as in ToMe(r=8); may be repeated"
+Methods = Annotated[list[str], typer.Option("--method", "-m", help=A_METHOD)]
+SomeMethods = Annotated[list[str] | None, typer.Option("--method", "-m", help=A_METHOD)]
 Weights = Annotated[Path | None, typer.Option(help="weights file: .safetensors, .pth, .pt")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="download the model's own weights")]
 WayOption = Annotated[str, typer.Option("--way", help='auto, static, masked or "Padded(16)"')]
@@ -31,6 +33,9 @@ Std = Annotated[str | None, typer.Option(help="normalisation standard deviation"
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 = as torch chooses")]
 Seed = Annotated[int, typer.Option(help="seed of random weights and of nothing else")]
+Split = Annotated[str, typer.Option(help="split or slice of the data, e.g. train[-5000:]")]
+Pairs = Annotated[int, typer.Option(help="interleaved pairs per timing, at least 9")]
+Results = Annotated[Path, typer.Option(help="JSON-lines file the rows are appended to")]
 
 
 def methods_of(texts: list[str] | None) -> list[Method]:
@@ -61,6 +66,13 @@ def reducing(weights: Path | None, methods: Sequence[Method]) -> Callable:
         return winnow.reduce
     trained.check(methods)
     return trained.reduce
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """ValueError where an option was given that means nothing here: nothing is left out in silence."""
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} {why}")
 
 
 def way_of(text: str):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import Json
+from ._options import Json, Results, Threads
 
 NAME = "train"
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file or a shipped name", show_default=False)]
@@ -25,11 +25,9 @@ def command(
     sets: Sets = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on exactly where the run in --out stopped")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the run; runs/RECIPE if not given")] = None,
-    results: Annotated[Path, typer.Option(help="JSON-lines file the summary row is appended to")] = Path(
-        "results/train.jsonl"
-    ),
+    results: Results = Path("results/train.jsonl"),
     device: TrainDevice = None,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 = as torch chooses")] = 0,
+    threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Train a model, plain or reduced, as a recipe says; Ctrl-C saves, --resume goes on exactly."""

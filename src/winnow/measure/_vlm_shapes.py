@@ -1,13 +1,12 @@
-"""What a vision-language model's configuration says about its shapes, and the MACs that follow.
+"""The shapes of a vision-language model, its images and its language model, and the MACs that follow.
 
-Hugging Face configurations of transformers 5: LLaVA (CLIP, SigLIP or ViT towers) and Qwen2.5-VL, told apart by their fields.
+Winnow's own. What a configuration or a processor's output says about them is read in _vlm_families.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from ..reducer import Setting
 
@@ -60,7 +59,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower and the projector behind it."""
+    """A vision tower and the projector behind it, for an image of a certain size."""
 
     depth: int
     width: int
@@ -69,6 +68,7 @@ class Tower:
     mlp_matrices: int
     prefix: int
     grid: tuple[int, int]
+    """Patches that see one another: of the image, or of each tile that it is cut into."""
     patch: tuple[int, int]
     """In pixels."""
     stem: float
@@ -77,46 +77,72 @@ class Tower:
     """Block whose output the projector reads."""
     widths: tuple[int, ...]
     """Of the projector's layers, from its input to its output."""
+    tiles: int = 1
+    """Grids that the image is cut into; several images of one size count as tiles too."""
     merge: int = 1
     """Patches that the projector makes one token of."""
+    mergers: int = 1
+    """Projectors that run: others make the features that later blocks add."""
+    marks: int = 0
+    """Image tokens that stand for no patch, at the ends of rows."""
+    cut: int = 0
+    """Projected patches that are cut off with the padding of tiles."""
+    whole: bool = False
+    """What stands behind the tower needs the whole grid."""
     window: int = 0
     """Patches along the side of a window; 0 where every block attends over everything."""
     full: tuple[int, ...] = ()
     """Blocks without windows."""
     pooler: float = 0.0
     """MACs of a pooling head or layer, which runs and is not read."""
+    pooled: float = 0.0
+    """MACs of it for each token that it reads."""
 
     @property
     def patches(self) -> int:
-        """P"""
+        """P of one grid."""
         return self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
         """Image tokens of a plain model."""
-        return self.patches // self.merge
+        return self.tiles * self.each + self.marks - self.cut
 
     @property
-    def setting(self) -> Setting | None:
-        """What a method inside the tower is applied to; None where the projector needs the whole grid."""
-        if self.merge > 1:
-            return None
+    def merged(self) -> tuple[int, int]:
+        """The grid of what the projector makes of one."""
+        side = int(self.merge**0.5)
+        return -(-self.grid[0] // side), -(-self.grid[1] // side)
+
+    @property
+    def each(self) -> int:
+        """Tokens that the projector makes of one grid."""
+        return self.merged[0] * self.merged[1]
+
+    def left(self, kept: int) -> int:
+        """Image tokens where a method leaves `kept` of each grid's; where padding is cut off, about so many."""
+        return self.marks + round(kept * (self.tokens - self.marks) / self.each)
+
+    @property
+    def setting(self) -> Setting:
+        """What a method inside the tower is applied to."""
         return Setting(self.depth, self.width, self.heads, self.prefix, bool(self.prefix), self.grid, self.patch)
 
     @property
     def after(self) -> Setting:
         """What a method at the tower is applied to."""
-        side = int(self.merge**0.5)
-        return Setting(1, self.width, self.heads, 0, bool(self.prefix), (self.grid[0] // side, self.grid[1] // side))
+        apart = self.merge == 1
+        width = self.width if apart else self.widths[-1]
+        return Setting(1, width, self.heads if apart else 1, 0, bool(self.prefix) and apart, self.merged)
 
-    def macs(self, patches: tuple[int, ...], cut: int | None = None) -> float:
-        """MACs of the tower, `patches` entering each block and leaving the last: attention sees those that enter.
+    def macs(self, patches: tuple[int, ...], cut: int | None = None, between: bool = False) -> float:
+        """MACs of the tower on a grid, `patches` entering each block and leaving the last: attention sees those that enter.
 
-        cut: patches of the image, where it was made smaller.
+        cut: patches of the image, where it was made smaller. between: patches leave in front of a block, not inside it.
         """
-        total = (cut or self.patches) * self.stem + self.pooler
+        total = (cut or self.patches) * self.stem + self.pooler + self.pooled * (patches[-1] + self.prefix)
         for layer, (enter, leave) in enumerate(pairwise(patches)):
-            n, m = enter + self.prefix, leave + self.prefix
+            n, m = enter + self.prefix, (enter if between else leave) + self.prefix
             pairs = n * n if not self.window or layer in self.full else _windowed(self.grid, self.window)
             total += 4 * n * self.width**2 + 2 * pairs * self.width + self.mlp_matrices * m * self.width * self.mlp
         return total
@@ -131,66 +157,7 @@ class Tower:
 
     def project(self, n: int) -> float:
         """MACs of the projector on n patches."""
-        return n // self.merge * sum(a * b for a, b in pairwise(self.widths))
-
-
-def shapes_of(config: Any, grid: tuple[int, int] | None = None) -> tuple[Tower, Decoder]:
-    """Tower and language model; TypeError where the configuration is not one whose model is known."""
-    vision, text = (getattr(config, name, None) for name in ("vision_config", "text_config"))
-    if vision is None or text is None:
-        raise TypeError(f"{type(config).__name__} lacks a vision or a text part; LLaVA and Qwen2.5-VL have both")
-    if hasattr(vision, "fullatt_block_indexes"):
-        tower = _merging(vision, text, grid)
-    elif hasattr(config, "vision_feature_select_strategy") and not hasattr(config, "image_grid_pinpoints"):
-        tower = _plain(config, vision, text, grid)
-    else:
-        raise TypeError(
-            f"{type(config).__name__}: the closed form knows LLaVA and Qwen2.5-VL, others are counted as they run"
-        )
-    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
-        raise TypeError(f"{type(text).__name__}: experts are chosen token by token, so shapes do not tell the MACs")
-    heads = text.num_attention_heads
-    return tower, Decoder(
-        depth=text.num_hidden_layers, width=text.hidden_size, mlp=text.intermediate_size, heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads, vocabulary=text.vocab_size,
-    )  # fmt: skip
-
-
-def _plain(config: Any, vision: Any, text: Any, grid: tuple[int, int] | None) -> Tower:
-    """LLaVA: every block sees everything, the projector takes tokens one by one."""
-    side = vision.image_size // vision.patch_size
-    if grid not in (None, (side, side)):
-        raise ValueError(f"grid={grid}: this model's images have {side} x {side} patches, leave grid out")
-    layer, depth = config.vision_feature_layer, vision.num_hidden_layers
-    if not isinstance(layer, int):
-        raise TypeError(f"vision_feature_layer={layer}: features of several layers are joined; one layer works")
-    width, prefix = vision.hidden_size, int(config.vision_feature_select_strategy == "default")
-    n = side**2 + prefix
-    pooler = float(width * (getattr(vision, "pooler_output_size", None) or 0))  # ViT's reads the class token
-    if getattr(vision, "vision_use_head", False):
-        pooler = 2 * (n + 1) * width**2 + 2 * n * width + 2 * width * vision.intermediate_size
-    return Tower(
-        depth=depth, width=width, heads=vision.num_attention_heads, mlp=vision.intermediate_size, mlp_matrices=2,
-        prefix=prefix, grid=(side, side), stem=vision.num_channels * vision.patch_size**2 * width,
-        made=(layer + depth + 1 if layer < 0 else layer) - 1, widths=(width, text.hidden_size, text.hidden_size),
-        pooler=pooler, patch=(vision.patch_size, vision.patch_size),
-    )  # fmt: skip
-
-
-def _merging(vision: Any, text: Any, grid: tuple[int, int] | None) -> Tower:
-    """Qwen2.5-VL: windows in most blocks, the projector makes one token of each square of patches."""
-    side = vision.spatial_merge_size
-    if grid is None or any(one % side or one < side for one in grid):
-        raise ValueError(f"grid={grid}: give (h, w) in patches, multiples of {side}; images have many sizes here")
-    merged = vision.hidden_size * side**2
-    return Tower(
-        depth=vision.depth, width=vision.hidden_size, heads=vision.num_heads, mlp=vision.intermediate_size, mlp_matrices=3,
-        prefix=0, grid=grid, made=vision.depth - 1, patch=(vision.patch_size, vision.patch_size),
-        widths=(merged, merged, text.hidden_size), merge=side**2,
-        stem=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size,
-        window=vision.window_size // vision.patch_size, full=tuple(vision.fullatt_block_indexes),
-    )  # fmt: skip
+        return self.mergers * (n * self.each // self.patches) * sum(a * b for a, b in pairwise(self.widths))
 
 
 def _windowed(grid: tuple[int, int], window: int) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._vlm_shapes import Decoder, Tower, shapes_of
+from ._vlm_families import shapes_of
+from ._vlm_shapes import Decoder, Tower
 from .closed_form import check_counted
 from .macs import count_macs, macs_by_module
 from .vlm import VlmMacs, vlm_macs
@@ -30,8 +31,10 @@ def count_vlm_macs(config: Any, keep: int | Sequence[int] | None, text: int, **w
     tower, llm = shapes_of(config, words.get("grid"))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).eval()
-    decode = _language(model.model.language_model, model.lm_head, llm)
-    vision, projector = _image(model.model, config, tower, said.image_tokens[0])
+    core = model.model
+    decode = _language(getattr(core, "text_model", None) or core.language_model, model.lm_head, llm)
+    given = tower.tiles * tower.patches if keep is None or tower.whole else said.image_tokens[0]
+    vision, projector = _image(core, tower, given)
     found = replace(
         said,
         vision=vision,
@@ -59,24 +62,37 @@ class _Call(nn.Module):
         return self.run(x)
 
 
-def _image(core: Any, config: Any, tower: Tower, kept: int) -> tuple[float, float]:
-    """MACs of the tower and of the projector."""
-    if tower.merge > 1:
-        return _merging(core, config, tower)
-    side = config.vision_config.image_size
-    vision = count_macs(core.vision_tower, _meta(1, config.vision_config.num_channels, side, side))
-    return vision, count_macs(core.multi_modal_projector, _meta(1, kept, tower.width)) if kept else 0.0
+def _image(core: Any, tower: Tower, read: int) -> tuple[float, float]:
+    """MACs of the tower and of the projector, which reads so many patches."""
+    if hasattr(core, "visual"):
+        return _merging(core, tower)
+    tiles = _meta(tower.tiles, 3, *(cells * pixels for cells, pixels in zip(tower.grid, tower.patch)))
+    joined = _meta(1, read // tower.merge, tower.widths[0])
+    if hasattr(core, "connector"):  # SmolVLM's tower asks for the values of its mask
+        vision, projector = core.vision_model, core.connector.modality_projection
+        embed = vision.embeddings.patch_embedding
+        tower_ = _Call(vision, lambda x: vision.encoder(embed(x).flatten(2).transpose(1, 2)))
+    else:
+        tower_, projector = core.vision_tower, core.multi_modal_projector
+        if getattr(projector, "joins", False):
+            joined = _meta(1, read, tower.width)
+    return tower.tiles * count_macs(tower_, tiles), count_macs(projector, joined) if read else 0.0
 
 
-def _merging(core: Any, config: Any, tower: Tower) -> tuple[float, float]:
-    """A tower whose projector is its last part; its windows follow from the grid, which is a real tensor."""
-    vision = config.vision_config
-    grid = torch.tensor([[1, *tower.grid]])
-    places = _meta(tower.patches, 2)
-    whole = _Call(core.visual, lambda x: core.visual(x[0], grid_thw=grid, position_ids=places))
+def _merging(core: Any, tower: Tower) -> tuple[float, float]:
+    """A tower whose projectors are its last parts; its windows follow from the grid, which is a real tensor."""
+    vision, n = core.visual.config, tower.patches
+    given = {"grid_thw": torch.tensor([[1, *tower.grid]]), "position_ids": _meta(n, 2)}
+    if hasattr(vision, "num_position_embeddings"):
+        given |= {"interp_indices": _meta(n, 4).long(), "interp_weights": _meta(n, 4)}
+    whole = _Call(core.visual, lambda x: core.visual(x[0], **given))
     channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    found = macs_by_module(whole, _meta(1, tower.patches, channels))
-    return found[""] - found["inner.merger"], found["inner.merger"]
+    found = macs_by_module(whole, _meta(1, n, channels))
+    mergers = [
+        name for name in found if name == "inner.merger" or name.rpartition(".")[0] == "inner.deepstack_merger_list"
+    ]
+    projector = sum(found[name] for name in mergers)
+    return found[""] - projector, projector
 
 
 def _language(llm: Any, head: nn.Module, shapes: Decoder) -> Callable[[list[tuple[int, int]]], float]:

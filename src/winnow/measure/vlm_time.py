@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._vlm_shapes import shapes_of
+from ._vlm_families import tower_of
 from .latency import Device, Run, compare_latency
 from .record import Latency
 
@@ -23,22 +23,33 @@ def vlm_inputs(
 ) -> dict[str, Tensor]:
     """Random inputs of `batch` samples, one image and `text` other tokens each, on the model's device, in its dtype."""
     config: Any = model.config
-    tower, _ = shapes_of(config, grid)
     noise, where = torch.Generator().manual_seed(seed), next(model.parameters())
     image = config.image_token_id
     ids = torch.randint(0, config.get_text_config().vocab_size - 1, (batch, text), generator=noise)
     ids = ids + (ids >= image)  # any token but the image's
     before = text // 2
-    ids = torch.cat([ids[:, :before], ids.new_full((batch, tower.tokens), image), ids[:, before:]], 1)
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    vision = config.vision_config
-    if tower.merge > 1:
+    ids = torch.cat([ids[:, :before], ids.new_full((batch, tower_of(config, grid).tokens), image), ids[:, before:]], 1)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_pixels(config, batch, grid, noise)}
+    if "image_grid_thw" in found:
+        found["mm_token_type_ids"] = (ids == image).int()
+    pixels = found.pop("pixel_values").to(where)
+    return {name: value.to(where.device) for name, value in found.items()} | {"pixel_values": pixels}
+
+
+def _pixels(config: Any, batch: int, grid: tuple[int, int] | None, noise: torch.Generator) -> dict[str, Tensor]:
+    """Random images as a processor would give them."""
+    tower, vision = tower_of(config, grid), config.vision_config
+    if hasattr(vision, "temporal_patch_size"):
         channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.randn(batch * tower.patches, channels, generator=noise)
-        found |= {"image_grid_thw": torch.tensor([[1, *tower.grid]] * batch), "mm_token_type_ids": (ids == image).int()}
-    else:
-        pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=noise)
-    return {name: value.to(where.device) for name, value in found.items()} | {"pixel_values": pixels.to(where)}
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, *tower.grid]] * batch)}
+    size = [cells * side for cells, side in zip(tower.grid, tower.patch)]
+    pixels = torch.randn(batch, tower.tiles, vision.num_channels, *size, generator=noise)
+    if hasattr(config, "image_grid_pinpoints"):
+        assert grid is not None
+        whole = [cells * side for cells, side in zip(grid, tower.patch)]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([whole] * batch)}
+    return {"pixel_values": pixels if hasattr(config, "scale_factor") else pixels.flatten(0, 1)}
 
 
 def first_token(model: Any, inputs: dict[str, Tensor]) -> Run:

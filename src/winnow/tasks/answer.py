@@ -93,8 +93,6 @@ class Said:
     """[n] answers."""
     tokens: Tensor
     """[n, depth] image tokens entering each block of the language model."""
-    text: Tensor
-    """[n] other tokens of the prompt."""
     owners: np.ndarray
     """[n, P] token that holds each patch at the end, -1 where dropped; empty for a plain model or several sizes."""
     grid: tuple[int, int] | None = None
@@ -103,14 +101,13 @@ class Said:
 @torch.inference_mode()
 def answer(model: Any, prompts: Prompts, watched: bool = True) -> Said:
     """Greedy answers to all questions, as long as the longest right one."""
-    depth = len(model.model.language_model.layers)
+    depth = model.config.get_text_config().num_hidden_layers
     found: list[str] = []
-    tokens, text, owners, grid = [], [], [], None
+    tokens, owners, grid = [], [], None
     many = prompts.longest
     model.eval()
     for inputs, questions in prompts:
-        image, real = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"].bool()
-        placed = image.sum(1).cpu()
+        placed = (inputs["input_ids"] == model.config.image_token_id).sum(1).cpu()
         words = {"max_new_tokens": many, "do_sample": False}
         if watched:
             tell(model, questions)
@@ -122,12 +119,11 @@ def answer(model: Any, prompts: Prompts, watched: bool = True) -> Said:
         else:
             made = model.generate(**inputs, **words)
             tokens.append(placed[:, None].expand(-1, depth))
-        text.append((real & ~image).sum(1).cpu())
         new = made[:, inputs["input_ids"].shape[1] :]
         found += [plain(one) for one in prompts.processor.batch_decode(new, skip_special_tokens=True)]
     same = len({one.shape[1] for one in owners}) == 1 and sum(map(len, owners)) == len(found)
     held = torch.cat(owners).numpy() if same else np.empty((0, 0))
-    return Said(np.array(found), torch.cat(tokens), torch.cat(text), held, grid)
+    return Said(np.array(found), torch.cat(tokens), held, grid)
 
 
 def entering(model: nn.Module, run: Any, placed: Tensor, depth: int) -> Tensor:

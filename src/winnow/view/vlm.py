@@ -58,11 +58,9 @@ def places(config: Any, inputs: dict[str, Any]) -> list[tuple[int | None, Grid]]
     found: list[tuple[int | None, Grid]] = []
     start = 0
     for tower in towers:
-        grid = tower.after.grid
-        assert grid is not None
         for tile in range(tower.tiles):
             packed = bool(tower.marks) and tile > 0
-            found.append((None if packed else start + tile * grid[0] * grid[1], grid))
+            found.append((None if packed else start + tile * tower.each, tower.merged))
         start += tower.tokens
     return found
 
