@@ -19,6 +19,7 @@ from winnow._llava_projected import Downsample
 from winnow.data.conversations import open_conversations
 from winnow.data.dialogue import spoken
 from winnow.data.sample import IMAGE, Sample
+from winnow.measure import count_macs, count_vlm_macs, vlm_macs
 from winnow.tasks.instruct import Training
 from winnow.train import load_recipe
 from winnow.train.task import Place
@@ -81,6 +82,25 @@ def test_joined_patches_are_refused_what_breaks_their_grid(apart, recipe_file, t
         run(recipe_file, tmp_path / "run", *sets, "method=Random(keep=Exactly(3), at='tower')")
     with pytest.raises(ValueError, match="needs the name of a tower"):
         run(recipe_file, tmp_path / "run", "instruct.projector=linear")
+
+
+@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize("projector", ["mlp", "linear", "downsample"])
+def test_every_projector_is_in_the_closed_form(apart, projector, size):
+    """Of even and odd grids, plain and reduced: what is counted is the closed form."""
+    found = load_llava(f"hf:{apart}/llm", vision=f"hf:{apart}/tower", projector=projector, size=size)
+    image = open_conversations(str(apart / "told.json"))[0].pictures()[0]
+    asked = found.processor(images=[image], text=[f"{IMAGE} what"], return_tensors="pt")
+    text = int((asked["input_ids"] != WORDS.index("<image>")).sum())
+    config = found.model.config
+    said = vlm_macs(config, None, text).total
+    assert count_vlm_macs(config, None, text).total == count_macs(found.model, {**asked, "logits_to_keep": 1}) == said
+    inside = () if projector == "downsample" else ("DRIP(rate=0.5, after=1)", "ToMe(r=1)")
+    for method in map(winnow.parse, ("DivPrune(keep=Exactly(1))", *inside)):
+        winnow.reduce(found.model, method)
+        counted = count_macs(found.model, {**asked, "logits_to_keep": 1})
+        assert counted == vlm_macs(config, method, text).total
+        winnow.restore(found.model)
 
 
 def test_odd_grids_are_filled_up():

@@ -37,6 +37,9 @@ class Linear(nn.Module):
 class Downsample(nn.Module):
     """[I, N, C] -> [I, N/4, D]: four patches side by side, a norm, two layers; odd grids get a row and a column of zeros."""
 
+    joins = True
+    """It takes patches, and makes their squares tokens itself."""
+
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
