@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from winnow.cli import main
+from winnow.cli import _together, main
 from winnow.measure import record
 
 MODEL = "timm:test_vit"  # 160 px, patch 16, width 64, depth 6
@@ -392,3 +393,34 @@ def test_doctor(run, monkeypatch):
 @pytest.mark.parametrize("words", [["lisst"], ["list", "--nope"], ["doctor"], ["show"]])
 def test_wrong_usage_is_one_line(run, words):
     refused(run(*words), "winnow --help")
+
+
+@pytest.mark.parametrize(("error", "said"), [(KeyError("x"), "nobody foresaw"), (MemoryError(), "smaller --batch")])
+def test_what_nobody_foresaw_is_one_line(run, monkeypatch, error, said):
+    monkeypatch.setattr("winnow.cli.list_.about", lambda method: (_ for _ in ()).throw(error))
+    refused(run("list", "--json"), said)
+
+
+def test_budgets_stand_apart_or_with_commas(run):
+    apart = ["compare", "hf:scenes", "--budgets", "64", "0.5", "-m", "FastV()"]
+    assert _together(apart) == [*apart[:3], "64,0.5", *apart[5:]]
+    refused(run("compare", "hf:scenes", "--budgets", "64", "1.5"), "budget 1.5: a share up to 1")
+    refused(run("compare", "hf:scenes", "--budgets", "64", "--budgets", "1.5"), "budget 1.5: a share up to 1")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["compare", "hf:scenes", "--weights", "a.safetensors"], "--weights is for classifiers"),
+    (["measure", "hf:scenes", "--text", "8", "--profile"], "--profile does not go with --text"),
+    (["measure", MODEL, "--step", "--profile"], "one at a time"),
+    (["measure", MODEL, "--grid", "4x4"], "give --text"),
+    (["eval", "llava-bench", "--questions", "q", "--reviews", "r", "--answers", "a"], "give --judge too"),
+    (["generate", "--model", "hf:scenes", "--image", "a.png", "--prompt", "b", "--images", "c"], "give --questions"),
+])  # fmt: skip
+def test_what_means_nothing_here_is_refused(run, words, said):
+    refused(run(*words), said)
+
+
+def test_ctrl_c_says_what_is_kept(run, monkeypatch):
+    monkeypatch.setattr("winnow.cli.list_.about", lambda method: signal.raise_signal(signal.SIGINT))
+    code, _, err = run("list", "--json")
+    assert code == 130 and "rows already made are kept" in err

@@ -27,6 +27,7 @@ for verb in (list_, show, doctor, measure, compare, report, generate, train, lr_
     app.command(name=verb.NAME)(verb.command)
 app.add_typer(eval_.app, name=eval_.NAME)
 app.add_typer(data_.app, name=data_.NAME)
+INTERRUPTED = 130
 REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 """What the library raises on purpose, with words that say what would work."""
 
@@ -40,6 +41,8 @@ def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2 (WINNOW_TRACEBACK=1 shows where it came from)."""
     try:
         code = app(args=_together(sys.argv[1:]), standalone_mode=False)
+        if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into a code
+            raise KeyboardInterrupt
     except Usage as error:
         print(
             f"winnow: {error.format_message()} (winnow --help lists verbs, winnow VERB --help options)", file=sys.stderr
@@ -47,7 +50,7 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("winnow: interrupted; rows already made are kept, the same command goes on from there", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:  # who reads has enough, as in `winnow list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141

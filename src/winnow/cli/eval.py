@@ -96,8 +96,10 @@ def llava_bench(
     as_json: o.Json = False,
 ) -> None:
     """LLaVA-Bench, COCO or in the wild: ours against GPT-4's, as a judge rates them; reviews are kept, a rerun goes on."""
-    if judge is not None:
-        files = {"answers": answers, "reference": reference, "context": context, "rules": rules}
+    files = {"answers": answers, "reference": reference, "context": context, "rules": rules}
+    if judge is None:
+        o.refuse({f"--{name}": path for name, path in files.items()}, "is what a judge reads: give --judge too")
+    else:
         given = [path for path in files.values() if path is not None]
         missing = [f"--{name}" for name, path in files.items() if path is None]
         if missing:

@@ -45,6 +45,6 @@ def command(
         row = train(wish, out or Path("runs") / name, name=name, device=device, resume=resume, results=results)
     except Stopped as stopped:
         print(f"winnow: {stopped}", file=sys.stderr)
-        raise typer.Exit(stopped.code) from None
+        sys.exit(stopped.code)  # not as typer.Exit: it has said so itself
     if as_json and int(os.environ.get("RANK", "0")) == 0:
         print(row.model_dump_json(by_alias=True))
