@@ -160,6 +160,11 @@ def test_tables_of_files(kind, tmp_path):
 def test_scenes_bring_their_captions():
     pairs = open_pairs("scenes", split="val[:5]")
     assert [pairs.caption(i) for i in range(5)] == [scene(1, i).caption for i in range(5)]
+    few = open_pairs("scenes1to2", split="val[:6]")
+    assert few.images.name == "scenes1to2" and [few.caption(i).count(",") for i in range(6)] == [0, 1] * 3
+    assert [few.images.mask(i).max() for i in range(6)] == [1, 2] * 3
+    assert few.images.labels == [scene(1, i, 1 + i % 2).label for i in range(6)]
+    assert len({few.caption(i).split()[-1] for i in range(0, 6, 2)}) > 1, "one alone has any shape"
 
 
 def test_classes_and_cocos_files_have_captions(tmp_path):
@@ -413,7 +418,10 @@ def test_a_trained_tower_is_judged_from_the_command_line(recipe_file, tmp_path, 
     assert cli("eval", "zeroshot", *asked) == 0
     (row,) = record.read(tmp_path / "rows.jsonl")
     assert row.accuracy.value == pytest.approx(scored["top1"]) and row.counts[-1] < row.counts[0]
+    assert row.top5.value >= row.accuracy.value
     assert "top-5: " in capsys.readouterr().out
+    assert cli("eval", "retrieval", *words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text_to_image_r10"][0] > 0
     assert cli("eval", "retrieval", *words) == 0
     assert "text_to_image_r10: " in capsys.readouterr().out
     assert cli("eval", "zeroshot", *asked[:-6], "--templates", "none") == 2

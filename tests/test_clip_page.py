@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import winnow
 from winnow import DRIP
 from winnow.cli import main
 from winnow.measure import pack, record
 from winnow.measure.step import measure_pair_step
+from winnow.recipes import _clip_boundaries as boundaries
 from winnow.recipes import _clip_document as document
 from winnow.recipes import _clip_page as page
 from winnow.recipes import clip
@@ -57,7 +61,13 @@ def test_what_is_missing_is_trained_once(small, tmp_path, monkeypatch):
     judged = next(row for row in rows if row.task == "boundaries")
     low, mid, high = judged.objects.boundaries["learned"]["boundary_f1"]
     assert low <= mid == judged.objects.boundary_f1 <= high
-    assert set(judged.objects.boundaries) == {"learned", "random", "even"}
+    assert set(judged.objects.boundaries) == {"learned", "untrained", "random", "even"}
+    assert f"]({boundaries.PICTURE})" in boundaries.section(rows)
+    shown = np.asarray(Image.open(io.BytesIO(boundaries.drawn(rows))))
+    segments = judged.objects.segments[0]
+    columns = 1 + 2 + 1  # the scene, two methods, random ones
+    assert shown.shape[0] // boundaries.CELL == 4 and shown.shape[1] // boundaries.CELL == columns
+    assert len(segments) == 9 and segments == sorted(segments), "runs along the raster"
     assert len(clip.run(wish, results)) == len(rows), "a second time nothing is trained"
 
 
@@ -92,6 +102,23 @@ def test_arms_beside_the_plain_one_and_towers_with_their_zero_shot():
     assert "| 50.0 % | yes | 6 | 75.0 %" in line
     assert page.figure(rows) is not None and page.figure(rows[:1]) is None
     assert page.spread([], 10) == "–"
+
+
+def test_boundaries_are_counted_training_by_training():
+    def row(seed: int, learned: float) -> record.Row:
+        kinds = {"learned": learned, "untrained": 0.3, "random": 0.2, "even": 0.0}
+        each = {
+            kind: dict.fromkeys(boundaries.FOLLOWED, (value - 0.05, value, value + 0.05))
+            for kind, value in kinds.items()
+        }
+        objects = record.Objects(kept=1, purity=1, boundary_f1=learned, boundaries=each)
+        return record.Row(task="boundaries", model="m", weights=None, method="DRIP()", seed=seed, objects=objects)
+
+    text = boundaries.section([row(0, 0.1), row(0, 0.5), row(1, 0.36)])
+    assert "| `DRIP()` | 2 | 0.430 (0.310 to 0.550) | 0.300 (0.250 to 0.350) |" in text, "a seed's last row counts"
+    assert "- coverage, learned above untrained: 1 of 2 of `DRIP()`." in text
+    assert "- coverage, learned above random: 2 of 2 of `DRIP()`." in text
+    assert boundaries.PICTURE not in text and boundaries.drawn([]) is None and boundaries.section([]) == ""
 
 
 def test_document_001s_table_names_recipes_where_nobody_measured(monkeypatch):

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from .images import Images, UnreadableImage
 from .readers import _Files, _lengths, open_images
-from .scenes import SPLITS, captions, open_scenes
+from .scenes import NAMES, captions, open_scenes
 from .shards import is_shards, open_shards
 from .split import rows_of, split_of
 from .training import Decoded, drawing
@@ -87,8 +87,8 @@ def open_pairs(
     """
     name, part = split_of(split)
     path = Path(spec).expanduser()
-    if spec == "scenes":
-        found = _scenes(name)
+    if spec in NAMES:
+        found = _scenes(spec, name)
     elif is_shards(path):
         found = _shards(path, name)
     elif path.is_file():
@@ -106,9 +106,9 @@ def open_pairs(
     return found
 
 
-def _scenes(split: str) -> Pairs:
-    images = open_scenes(split=split)
-    return Pairs(images, captions(SPLITS[images.split][1], images.split).__getitem__)
+def _scenes(name: str, split: str) -> Pairs:
+    images = open_scenes(split=split, name=name)
+    return Pairs(images, captions(len(images), images.split, name).__getitem__)
 
 
 def _labelled(spec: str, split: str, caption: str) -> Pairs:

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -18,19 +19,19 @@ from winnow.data.cifar import cifar_folder, open_cifar
 from winnow.data.images import Images
 from winnow.data.parquet import open_parquet
 from winnow.data.photographs import open_photographs
-from winnow.data.scenes import open_scenes
+from winnow.data.scenes import NAMES, open_scenes
 from winnow.data.split import rows_of, split_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _KINDS = (
     "a .csv file (columns file, label), a folder of class folders, a folder of images, "
-    "a CIFAR folder, a .parquet file or folder, or one of the names scenes and photographs"
+    "a CIFAR folder, a .parquet file or folder, or one of the names scenes, scenes2, scenes1to2 and photographs"
 )
 
 
 BUILT_IN: dict[str, Callable[[str], Images]] = {
-    "scenes": lambda split: open_scenes(split=split),
+    **{name: partial(open_scenes, None, name=name) for name in NAMES},
     "photographs": open_photographs,
 }
 

@@ -26,6 +26,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 SHAPES = ("triangle", "disc", "ring", "square", "frame", "diamond", "plus", "cross")
+NAMES = {"scenes": (8,), "scenes2": (2,), "scenes1to2": (1, 2)}
+"""Data sets of scenes, and how many objects they show in turn."""
 SPLITS = {"train": (0, 5000), "val": (1, 500), "test": (2, 500)}
 """Seed and how many scenes."""
 
@@ -53,7 +55,7 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Index of the triangle's colour."""
+        """Index of the triangle's colour; of the only object's where there is one."""
         return _label(self.things)
 
     @property
@@ -80,7 +82,8 @@ class _Plan:
 def scene(seed: int, i: int, things: int = 8) -> Scene:
     """Scene i of a seed, whatever else is drawn; ValueError unless 1 <= things <= 12.
 
-    The first eight objects have eight different shapes, the triangle among them; more repeat shapes other than it.
+    The first eight objects have eight different shapes, the triangle among them; more repeat shapes other than it. One
+    alone has any shape.
     """
     plan = _plan(seed, i, things)
     texture = np.stack([np.asarray(Image.fromarray(plan.coarse[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -100,7 +103,7 @@ def _plan(seed: int, i: int, things: int) -> _Plan:
     random = np.random.default_rng([seed, i])
     coarse = random.uniform(0, 1, (4, 4, 3)).astype(np.float32)
     grain = random.normal(0, 4, (SIZE, SIZE, 1))
-    shapes = [SHAPES[0], *random.permutation(SHAPES[1:])][:things]
+    shapes = [SHAPES[0], *random.permutation(SHAPES[1:])][:things] if things > 1 else [random.choice(SHAPES)]
     shapes += list(random.choice(SHAPES[1:], max(0, things - len(SHAPES))))
     cells = random.choice(CELLS * CELLS, things, replace=False)
     step, placed, light = SIZE / CELLS, [], []
@@ -114,7 +117,8 @@ def _plan(seed: int, i: int, things: int) -> _Plan:
 
 
 def _label(things: tuple[Thing, ...]) -> int:
-    return list(COLOURS).index(next(thing.colour for thing in things if thing.shape == SHAPES[0]))
+    asked = next((thing for thing in things if thing.shape == SHAPES[0]), things[0])
+    return list(COLOURS).index(asked.colour)
 
 
 def _caption(things: tuple[Thing, ...]) -> str:
@@ -134,9 +138,14 @@ def seed_of(split: str) -> int:
 
 
 @cache
-def captions(n: int, split: str, things: int = 8) -> list[str]:
+def captions(n: int, split: str, name: str = "scenes") -> list[str]:
     """Captions of the first n scenes of a split; no pixel is drawn."""
-    return [_caption(_plan(SPLITS[split][0], i, things).things) for i in range(n)]
+    return [_caption(_plan(SPLITS[split][0], i, shown(name, i)).things) for i in range(n)]
+
+
+def shown(name: str, i: int) -> int:
+    """Objects of scene i of one of `NAMES`."""
+    return NAMES[name][i % len(NAMES[name])]
 
 
 @cache
@@ -147,8 +156,8 @@ def questions(split: str, things: int = 8) -> list[list[tuple[str, str]]]:
 
 
 @cache
-def _labels(seed: int, n: int, things: int) -> list[int]:
-    return [_label(_plan(seed, i, things).things) for i in range(n)]
+def _labels(seed: int, n: int, name: str) -> list[int]:
+    return [_label(_plan(seed, i, shown(name, i)).things) for i in range(n)]
 
 
 def covers(thing: Thing) -> np.ndarray:
@@ -175,23 +184,23 @@ def covers(thing: Thing) -> np.ndarray:
     return (dy <= 0.8) & (dy >= -1.0) & (ax <= (dy + 1.0) * 0.55)
 
 
-def open_scenes(n: int | None = None, split: str = "test", things: int = 8) -> Images:
-    """n scenes (None: all of the split) as image data with masks; the label is the colour of the triangle.
+def open_scenes(n: int | None = None, split: str = "test", name: str = "scenes") -> Images:
+    """n scenes (None: all of the split) as image data with masks; the label is the triangle's (or only object's) colour.
 
-    ValueError on an unknown split.
+    name: one of `NAMES`. ValueError on an unknown split.
     """
     split = split or "test"
     seed, all_there = seed_of(split), SPLITS[split][1]
     n = all_there if n is None else n
     return Images(
-        "scenes",
+        name,
         [f"scene {i}" for i in range(n)],
-        lambda i: Image.fromarray(_drawn(seed, i, things)),
-        lengths=[things] * n,
-        labels=_labels(seed, n, things),
+        lambda i: Image.fromarray(_drawn(seed, i, shown(name, i))),
+        lengths=[shown(name, i) for i in range(n)],
+        labels=_labels(seed, n, name),
         split=split,
         classes=list(COLOURS),
-        mask=lambda i: scene(seed, i, things).mask,
+        mask=lambda i: scene(seed, i, shown(name, i)).mask,
     )
 
 

@@ -6,8 +6,9 @@ Winnow's own; figures of documents 000 and 001 (DRIP, 2025) are marked as theirs
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from math import hypot, sqrt
 from statistics import mean, stdev
 from typing import Any
@@ -18,15 +19,15 @@ from .._clip import load_clip
 from .._parse import parse
 from .._reduce import reduced
 from ..data.scenes import COLOURS as COLOURS_OF_SCENES
-from ..data.scenes import captions, open_scenes
+from ..data.scenes import NAMES, captions, open_scenes
 from ..measure.accuracy import Z95
 from ..measure.closed_form import closed_macs, plain_macs
 from ..measure.record import Row, Training
 from ..train.recipe import load_recipe
 from ..view.curves import COLOURS, INK, MARKERS, MUTED
+from ._clip_boundaries import section
 from ._clip_document import document_table, parts_table
 from ._ctd_arms import Arm, arms_of, difference
-from ._drip_objects import FIGURES
 
 SCORES: dict[str, Callable[[Training], float | None]] = {
     "zero-shot top-1": lambda run: run.last,
@@ -34,8 +35,6 @@ SCORES: dict[str, Callable[[Training], float | None]] = {
     "image to text R@1": lambda run: run.figures.get("image_to_text_r1"),
     "text to image R@1": lambda run: run.figures.get("text_to_image_r1"),
 }
-FOLLOWED = {name: FIGURES[name] for name in ("coverage", "boundary_f1")}
-RIVALS = ("random", "even")
 PROBES = {"probe": "yes", "backbone": "yes, the reducer learns", "none": "no"}
 
 
@@ -46,7 +45,7 @@ def page(rows: Sequence[Row]) -> str:
         parts.append(_title(arms) + table(arms) + _guess(arms))
     if figure(rows) is not None:
         parts.append("![Zero-shot accuracy and retrieval against the image tower's cost](clip.svg)\n")
-    parts += [_boundaries(rows), _towers(rows), document_table(rows), parts_table(rows)]
+    parts += [section(rows), _towers(rows), document_table(rows), parts_table(rows)]
     return "\n".join(part for part in parts if part)
 
 
@@ -71,9 +70,9 @@ def _title(arms: Sequence[Arm]) -> str:
 def _guess(arms: Sequence[Arm]) -> str:
     """What a bag of colours would score on scenes, which have names for nothing else."""
     data = arms[0].rows[0].data
-    if data is None or data.name != "scenes":
+    if data is None or data.name not in NAMES:
         return ""
-    said, labels = captions(data.n, data.split), open_scenes(data.n, data.split).labels
+    said, labels = captions(data.n, data.split, data.name), open_scenes(data.n, data.split, data.name).labels
     assert labels is not None
     counts = [Counter(word for word in text.replace(",", "").split() if word in COLOURS_OF_SCENES) for text in said]
     names = list(COLOURS_OF_SCENES)
@@ -147,32 +146,10 @@ def _macs(name: str, method: str | None, counts: tuple[float, ...] | None) -> fl
     return 0.0 if found is None else float(found[0])
 
 
-def _boundaries(rows: Sequence[Row]) -> str:
-    """Learned segments beside random and even ones, by method and seed."""
-    last = {(row.method, row.seed): row.objects for row in rows if row.task == "boundaries" and row.objects is not None}
-    if not last:
-        return ""
-    kinds = ("learned", *RIVALS)
-    heads = ["method", "seed", *(f"{name}: {kind}" for name in FOLLOWED.values() for kind in kinds)]
-    lines = [_line(heads), "|:--|" + "--:|" * (len(heads) - 1)]
-    above = {(name, kind): 0 for name in FOLLOWED for kind in RIVALS}
-    for (method, seed), objects in last.items():
-        found = objects.boundaries
-        for name, kind in above:
-            above[name, kind] += found["learned"][name][0] > found[kind][name][2]
-        cells = ["{1:.3f} ({0:.3f} to {2:.3f})".format(*found[kind][name]) for name in FOLLOWED for kind in kinds]
-        lines.append(_line([f"`{method}`", str(seed), *cells]))
-    said = [
-        f"- {FOLLOWED[name]}: learned boundaries are above {kind} ones in {won} of {len(last)} trainings, intervals apart."
-        for (name, kind), won in above.items()
-    ]
-    return BOUNDARIES.format(table="\n".join(lines), verdict="\n".join(said))
-
-
 def _towers(rows: Sequence[Row]) -> str:
     """Towers tuned on, in document 001's columns, with its own rows below."""
     shots = {(row.method, row.seed): row for row in rows if row.task == "train contrast" and row.train is not None
-             and row.data is not None and row.data.name == "scenes"}  # fmt: skip
+             and row.data is not None and row.data.name in NAMES}  # fmt: skip
     lines = []
     for row in rows:
         run = row.train
@@ -201,22 +178,24 @@ def figure(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(9.5, 3.9 * len(groups)), layout="constrained", facecolor="white")
+    # a method looks the same in every experiment
+    looks = dict(zip(dict.fromkeys(arm.name for arms in groups for arm in arms), cycle(zip(COLOURS, MARKERS))))
     for axes, arms in zip(sheet.subplots(len(groups), 2, squeeze=False), groups):
-        _panel(axes[0], arms, ["zero-shot top-1"])
-        _panel(axes[1], arms, ["image to text R@1", "text to image R@1"])
+        _panel(axes[0], arms, ["zero-shot top-1"], looks)
+        _panel(axes[1], arms, ["image to text R@1", "text to image R@1"], looks)
         axes[0].set_title(arms[0].runs[0].recipe, color=INK, fontsize=10, loc="left")
         axes[1].legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1))
     return sheet
 
 
-def _panel(axes: Any, arms: Sequence[Arm], shown: Sequence[str]) -> None:
-    for i, arm in enumerate(arms):
+def _panel(axes: Any, arms: Sequence[Arm], shown: Sequence[str], looks: Mapping[str, tuple[str, str]]) -> None:
+    for arm in arms:
         for score in shown:
             values = [100 * value for value in arm.each(SCORES[score])]
             if not values:
                 continue
             side = 1 if score == "text to image R@1" else 0
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "none"}
+            style = {**dict(zip(("color", "marker"), looks[arm.name])), "linestyle": "none"}
             axes.errorbar(
                 macs_of(arm) / 1e6, mean(values), yerr=stdev(values) if len(values) > 1 else None, capsize=3, markersize=7,
                 markerfacecolor="white" if side else style["color"],
@@ -253,18 +232,6 @@ as variances. Tokens: patches that enter each block. PatchDropout acts in traini
 GUESS = """
 Zero-shot: the triangle's colour, "a COLOUR triangle", {chance:.1f} % by chance. A model that knows which colours are in a
 scene and not whose they are can name the most frequent one: {guess:.1f} %.
-"""
-
-BOUNDARIES = """## Boundaries and objects
-
-The segments of the trained towers on the validation scenes, beside as many random and as many evenly spaced ones, with 95 %
-intervals over images. Coverage: share of object patches whose segment holds that object and nothing else; boundary F1:
-changes of segment against changes of object along the raster. A patch is a cell, so an object is one patch, and no evenly
-spaced segment, being longer, covers one.
-
-{table}
-
-{verdict}
 """
 
 TOWERS = """## Their towers, tuned on

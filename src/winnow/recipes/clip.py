@@ -15,8 +15,9 @@ import torch
 
 import winnow
 
-from .._clip import load_clip
+from .._clip import Clip, load_clip
 from ..data.batches import batches
+from ..data.images import Images
 from ..data.readers import open_images
 from ..data.scenes import patch_objects
 from ..measure import record
@@ -25,6 +26,7 @@ from ..methods import DRIP, Downsample, PatchDropout
 from ..reducer import Method
 from ..train.recipe import Recipe, load_recipe
 from ..view import files
+from ._clip_boundaries import PICTURE, drawn
 from ._clip_page import figure, page
 from ._drip_objects import intervals, rivals
 from .ctd import _rows, _same
@@ -38,14 +40,16 @@ ARMS: dict[str, Method | None] = {
     "drip_2x": DRIP(rate=0.5, after=1),
     "drip_4x": DRIP(rate=0.25, after=1),
     "drip_10x": DRIP(after=1),
+    "drip_4x_hnet": DRIP(rate=0.25, after=1, predictor="hnet"),
+    "drip_10x_hnet": DRIP(after=1, predictor="hnet"),
     "patch_dropout": PatchDropout(rate=0.5),
     "downsample": Downsample(size=64),
-    "drip_4x_hnet": DRIP(rate=0.25, after=1, predictor="hnet"),
 }
 """By 36 patches and 4 blocks: DRIP at 4x executes 36, 12, 12, 12 in training, 18 in the mean, as PatchDropout does; in
 evaluation 63 over the blocks, Downsample 64."""
-TOWERS, PHOTOGRAPHS = ("plain", "drip_2x", "drip_4x", "drip_10x"), ("plain", "drip_4x")
-BATCH = 50
+TOWERS = PHOTOGRAPHS = ("plain", "drip_2x", "drip_4x", "drip_10x")
+BATCH, SHOWN = 50, 4
+"""Images at a time; scenes whose segments are kept for the picture."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,19 @@ class Run:
 
 def runs(wish: Wish, results: Path) -> Iterator[Run]:
     """Every training of the experiment, those that others start from and those that show most first."""
-    *arms, last = ARMS
     first, *others = SEEDS
-    for arm in arms:
+    for arm in ARMS:
         yield Run(SCENES, arm, first)
     for arm in TOWERS:
         weights = folder(results, Run(SCENES, arm, first)) / "last.safetensors"
         for freeze in FREEZE:
             yield Run(TUNED, arm, first, (f"model.weights={weights}", f"freeze={freeze}"))
+    for seed in others:
+        for arm in ARMS:
+            yield Run(SCENES, arm, seed)
     if wish.data is not None:
         for arm in PHOTOGRAPHS:
             yield Run(CIFAR, arm, first)
-    for seed in others:
-        for arm in arms:
-            yield Run(SCENES, arm, seed)
-    for seed in SEEDS:
-        yield Run(SCENES, last, seed)
 
 
 def folder(results: Path, run: Run) -> Path:
@@ -137,29 +138,49 @@ def _judged(results: Path, one: Run) -> bool:
 
 @torch.inference_mode()
 def boundaries(recipe: Recipe, weights: Path) -> record.Row:
-    """Do a trained tower's segments follow the objects of the validation scenes, more than random or even ones?"""
+    """Do a trained tower's segments follow the scenes' objects, more than before training, random or even ones?"""
     assert recipe.method is not None
-    source, part = recipe.data.val, recipe.model
+    source = recipe.data.val
     images = open_images(source.path, split=source.split, limit=source.limit)
-    clip = load_clip(part.name, weights=weights, size=recipe.augment.size, mean=recipe.data.mean, std=recipe.data.std,
-                     options=part.options)  # fmt: skip
-    winnow.load(clip.model, weights)
+    clip, before = _built(recipe, weights), _built(recipe, None)
+    (found, grid), (untrained, _) = segments(clip, images), segments(before, images)
+    things = np.stack([patch_objects(images.mask(i), grid) for i in range(len(images))])  # type: ignore[arg-type]
+    kinds = {"learned": found, "untrained": untrained, **rivals(found)}
+    kept = {
+        "boundaries": {kind: intervals(each, things) for kind, each in kinds.items()},
+        "segments": found[:SHOWN].tolist(),
+    }
+    objects = objects_of(found, things).model_copy(update=kept)
+    return record.Row(
+        task="boundaries", model=clip.spec, weights=clip.weights_hash, method=recipe.method, objects=objects,
+        data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash), seed=recipe.seed,
+        environment=record.environment(), commit=record.commit(), command=record.command(), time=record.now(),
+    )  # fmt: skip
+
+
+def _built(recipe: Recipe, weights: Path | None) -> Clip:
+    """The reduced CLIP with these weights, or as its training began."""
+    part = recipe.model
+    clip = load_clip(part.name, weights=weights, seed=recipe.seed, size=recipe.augment.size, mean=recipe.data.mean,
+                     std=recipe.data.std, options=part.options)  # fmt: skip
+    if weights is not None:
+        winnow.load(clip.model, weights)
+        return clip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        winnow.reduce(clip.model, winnow.parse(recipe.method or ""))
+    return clip
+
+
+def segments(clip: Clip, images: Images) -> tuple[np.ndarray, tuple[int, int]]:
+    """Segment of each patch [n, P] of a reduced CLIP, and its grid."""
     owners, grid = [], (1, 1)
     for batch in batches(images, clip.transform, BATCH):
         with winnow.watch(clip.model) as seen:
             clip.model.encode_image(batch.images)  # type: ignore[operator]
         owners.append(seen.ledger.owner.numpy())
         grid = seen.grid or grid
-    found = np.concatenate(owners)
-    things = np.stack([patch_objects(images.mask(i), grid) for i in range(len(images))])  # type: ignore[arg-type]
-    kinds = {"learned": found, **rivals(found)}
-    objects = objects_of(found, things)
-    objects = objects.model_copy(update={"boundaries": {kind: intervals(each, things) for kind, each in kinds.items()}})
-    return record.Row(
-        task="boundaries", model=clip.spec, weights=clip.weights_hash, method=recipe.method, objects=objects,
-        data=record.Data(name=images.name, split=images.split, n=len(images), hash=images.hash), seed=recipe.seed,
-        environment=record.environment(), commit=record.commit(), command=record.command(), time=record.now(),
-    )  # fmt: skip
+    return np.concatenate(owners), grid
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
@@ -168,9 +189,10 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
 
 
 def written(rows: Sequence[record.Row], out: Path) -> list[Path]:
-    """OUT/clip.md and OUT/clip.svg from rows."""
-    chart = figure(rows)
-    drawn = [] if chart is None else [
+    """OUT/clip.md, OUT/clip.svg and the picture of segments from rows."""
+    chart, seen = figure(rows), drawn(rows)
+    charts = [] if chart is None else [
         files.write(out / f"clip{suffix}", files.encode(chart, suffix[1:])) for suffix in files.SUFFIXES
     ]  # fmt: skip
-    return [files.write(out / "clip.md", page(rows).encode()), *drawn]
+    pictures = [] if seen is None else [files.write(out / PICTURE, seen)]
+    return [files.write(out / "clip.md", page(rows).encode()), *charts, *pictures]
