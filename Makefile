@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint photos clean
+.PHONY: setup demo test test-slow test-lmms lint photos clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
@@ -36,10 +36,16 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# lmms-eval brings a hundred packages, so it has an environment of its own
+test-lmms: setup
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lmms
+	$(BIN)/uv pip install --quiet --python .venv-lmms/bin/python -e ".[dev,lmms]"
+	.venv-lmms/bin/python -m pytest tests/test_lmms_eval.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lmms demo build dist .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -191,3 +192,54 @@ def test_errors_end_the_run(plugin, folder, monkeypatch):
 )
 def test_where_answers_end(plugin, text, until, cut):
     assert plugin._cut(text, until) == cut
+
+
+TASK = """task: toy
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.of
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 5, temperature: 0, until: ["\\n\\n"]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make test-lmms")
+def test_the_harness_itself(folder, tmp_path):
+    """A whole task through lmms-eval's own command, as typed in a shell: its answers are the reduced model's."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    noise, task = np.random.default_rng(1), tmp_path / "tasks"
+    task.mkdir()
+    docs = []
+    for at in range(3):
+        Image.fromarray(noise.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(task / f"{at}.png")
+        docs.append({"image": str(task / f"{at}.png"), "question": "w5 w9 w11"[: 2 + 3 * at], "answer": "w7"})
+    (task / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    (task / "toy.yaml").write_text(TASK.replace("DATA", str(task / "docs.jsonl")))
+    (task / "pictures.py").write_text(
+        "from PIL import Image\n\n\ndef of(doc):\n    return [Image.open(doc['image'])]\n"
+    )
+    method = "FastV(layer=1,keep=Exactly(5))"
+    line = (
+        f"{sys.executable} -m lmms_eval --model winnow_hf --tasks toy --include_path {task} --batch_size 2 --device cpu "
+        f"""--log_samples --output_path {tmp_path / "out"} --model_args 'pretrained={folder},method="{method}"'"""
+    )
+    words = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "WANDB_MODE": "disabled"}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (logged,) = (tmp_path / "out").rglob("*samples_toy.jsonl")
+    found = [json.loads(one)["filtered_resps"] for one in logged.read_text().splitlines()]
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    winnow.reduce(model, winnow.parse(method))
+    assert len(found) == 3
+    for answer, doc in zip(found, docs):
+        image = Image.open(doc["image"])
+        inputs = processor(text=f"<image> {doc['question']}", images=image, return_tensors="pt")
+        with torch.no_grad():
+            made = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        assert answer == processor.batch_decode(made, skip_special_tokens=True)[0].strip() != ""
