@@ -25,15 +25,15 @@ from winnow.view import vlm as kept
 GRIDS = {"llava": None, "llava_next": (8, 4), "llava_onevision": (4, 8), "qwen2_5_vl": (4, 6), "qwen3_vl": (8, 4),
          "smolvlm": (8, 4), "internvl": (4, 8)}  # fmt: skip
 """Of an image of several tiles, where there are tiles."""
-QUICK = ("llava_next", "qwen3_vl")
-"""Packed tiles, and images of any size whose features are added in later blocks: compared in every run of the tests."""
 NEEDS = {"smolvlm": "num2words"}
 """What a family's processor wants beside transformers."""
+METHODS = [Random(Keep(0.5), at="tower"), FastV(3, Keep(0.5))]
+"""One at the tower and one in the language model that every family takes."""
 
 
-def plainly(family: str) -> list[winnow.reducer.Method]:
-    """A method at the tower and one in the language model that the family takes."""
-    return [Random(Keep(0.5), at="tower"), FastV(3, Keep(0.5))]
+def quickly(*families: str) -> list:
+    """All families; those not named are slow."""
+    return [one if one in families else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_counted_equals_closed_form(family):
     assert count_vlm_macs(config, None, 7, grid=grid) == vlm_macs(config, None, 7, grid=grid)
     model = tiny(family)
     inputs = vlm_inputs(model, 1, 7, grid) | {"logits_to_keep": 1}
-    for method in [None, *plainly(family), DivPrune(Exactly(3))]:
+    for method in [None, *METHODS, DivPrune(Exactly(3))]:
         said = vlm_macs(config, method, 7, grid=grid)
         if method is not None:
             winnow.reduce(model, method)
@@ -118,17 +118,15 @@ def test_the_images_of_a_batch_are_told_from_what_the_processor_made(family, fol
     assert out.shape == (3, inputs["input_ids"].shape[1] + 2) and run.columns.total[2] == 0 < run.columns.total[0]
 
 
-@pytest.mark.parametrize(
-    "family", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
-)
+@pytest.mark.parametrize("family", quickly("llava_next"))
 def test_compare(family, folders, run):
     path = folders(family)
-    methods = [word for method in plainly(family) for word in ("--method", repr(method))]
+    methods = [word for method in METHODS for word in ("--method", repr(method))]
     words = ["compare", f"hf:{path}", "--data", path / "asked.json", *methods, "--batch", 2, "--pictures", 1, "--json"]
     code, said, wrong = run(*words)
     assert not code, wrong
     rows = {row.method: row for row in (record.Row.model_validate(one) for one in json.loads(said))}
-    plain, (tower, llm) = rows[None], (rows[repr(method)] for method in plainly(family))
+    plain, (tower, llm) = rows[None], (rows[repr(method)] for method in METHODS)
     assert tower.macs.counted == pytest.approx(tower.macs.closed) and llm.macs.counted == pytest.approx(llm.macs.closed)
     assert max(tower.macs.mean, llm.macs.mean) < plain.macs.mean
     assert tower.vlm.image_tokens[0] < plain.vlm.image_tokens[0] == llm.vlm.image_tokens[2] > llm.vlm.image_tokens[3]
@@ -138,10 +136,10 @@ def test_compare(family, folders, run):
     assert "what is this ?" in page
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quickly("llava_next", "qwen3_vl", "smolvlm", "internvl"))
 def test_generate_and_measure(family, folders, run):
     path = folders(family)
-    method, _ = plainly(family)
+    method, _ = METHODS
     asked = ("--image", path / "0.png", "--image", path / "1.png", "--prompt", "what is this ?", "--tokens", 2)
     code, said, wrong = run("generate", "--model", f"hf:{path}", *asked, "--method", repr(method), "--json")
     assert not code, wrong

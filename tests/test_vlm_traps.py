@@ -18,8 +18,8 @@ from winnow.tokens import Ledger, Tokens
 HALF = Keep(0.5)
 BOTH = [Random(keep=HALF, at="tower"), FastV(layer=3, keep=HALF)]
 """A method at the tower and one in the language model that every family takes."""
-SOME = ["llava", "qwen2_5_vl", "qwen3_vl"]
-"""Positions counted afresh, in rows and columns, and features added in later blocks."""
+SOME = ["llava", "qwen3_vl"]
+"""Positions counted afresh; in rows and columns, with features added in later blocks."""
 
 
 def answer(model: Any, inputs: dict[str, Any], **words: Any) -> torch.Tensor:
