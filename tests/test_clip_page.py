@@ -116,8 +116,7 @@ def test_boundaries_are_counted_training_by_training():
 
     text = boundaries.section([row(0, 0.1), row(0, 0.5), row(1, 0.36)])
     assert "| `DRIP()` | 2 | 0.430 (0.310 to 0.550) | 0.300 (0.250 to 0.350) |" in text, "a seed's last row counts"
-    assert "- coverage, learned above untrained: 1 of 2 of `DRIP()`." in text
-    assert "- coverage, learned above random: 2 of 2 of `DRIP()`." in text
+    assert "| `DRIP()` | 1 of 2 | 2 of 2 | 2 of 2 |" in text, "above untrained, random, even ones"
     assert boundaries.PICTURE not in text and boundaries.drawn([]) is None and boundaries.section([]) == ""
 
 

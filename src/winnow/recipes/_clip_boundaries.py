@@ -5,7 +5,7 @@ Documents 000 and 001 (DRIP), 2025, show pictures; the figures are Winnow's own,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
@@ -31,15 +31,18 @@ def section(rows: Sequence[Row]) -> str:
     if not found:
         return ""
     heads = ["method", "seeds", *(f"{name}: {kind}" for name in FOLLOWED.values() for kind in KINDS)]
-    lines = [_line(heads), "|:--|" + "--:|" * (len(heads) - 1)]
-    for method, own in found.items():
-        cells = [_cell(own, kind, name) for name in FOLLOWED for kind in KINDS]
-        lines.append(_line([f"`{method}`", str(len(own)), *cells]))
-    said = [_verdict(found, name, rival) for name in FOLLOWED for rival in RIVALS]
+    figures = {
+        method: [str(len(own)), *(_cell(own, kind, name) for name in FOLLOWED for kind in KINDS)]
+        for method, own in found.items()
+    }
+    above = {
+        method: [_apart(own, name, rival) for name in FOLLOWED for rival in RIVALS] for method, own in found.items()
+    }
+    won = ["method", *(f"{name} above {rival}" for name in FOLLOWED.values() for rival in RIVALS)]
     shown = pictured(rows)
     columns = ", then ".join(f"`{method}`" for method in shown)
     seen = SEEN.format(picture=PICTURE, columns=columns) if shown else ""
-    return SECTION.format(table="\n".join(lines), verdict="\n".join(said)) + seen
+    return SECTION.format(table=_table(heads, figures), apart=_table(won, above)) + seen
 
 
 def trainings(rows: Sequence[Row]) -> dict[Method, list[Row]]:
@@ -61,13 +64,10 @@ def _cell(own: Sequence[Row], kind: str, name: str) -> str:
     return f"{mean(middle):.3f} ({min(low):.3f} to {max(high):.3f})"
 
 
-def _verdict(found: dict[Method, list[Row]], name: str, rival: str) -> str:
-    won = {
-        method: sum(_interval(row, "learned", name)[0] > _interval(row, rival, name)[2] for row in own)
-        for method, own in found.items()
-    }
-    named = ", ".join(f"{n} of {len(found[method])} of `{method}`" for method, n in won.items())
-    return f"- {FOLLOWED[name]}, learned above {rival}: {named}."
+def _apart(own: Sequence[Row], name: str, rival: str) -> str:
+    """In how many trainings the learned boundaries are above the others, intervals apart."""
+    won = sum(_interval(row, "learned", name)[0] > _interval(row, rival, name)[2] for row in own)
+    return f"{won} of {len(own)}"
 
 
 def pictured(rows: Sequence[Row]) -> dict[Method, Row]:
@@ -78,23 +78,26 @@ def pictured(rows: Sequence[Row]) -> dict[Method, Row]:
 
 
 def drawn(rows: Sequence[Row]) -> bytes | None:
-    """PNG: a scene in each line, its segments by each method, random ones as many as the last method's; None without."""
+    """PNG: a scene in each line, its segments by each method, random ones as many as the first method's; None without."""
     shown = list(pictured(rows).values())
     if not shown or shown[0].data is None:
         return None
     segments = [np.array(row.objects.segments) for row in shown if row.objects is not None]
-    segments.append(rivals(segments[-1])["random"])
+    segments.append(rivals(segments[0])["random"])
     data = shown[0].data
     scenes = open_images(data.name, split=data.split, limit=data.n)
     strips = []
     for i, owners in enumerate(zip(*segments)):
         image = np.asarray(scenes[i][0])
-        strips.append(picture(image, owners, grid_of(owners[0], image.shape[:2]), "merged", CELL))
+        strips.append(picture(image, owners, grid_of(owners[0], image.shape[:2]), "auto", CELL))
     return stacked(strips)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(heads: Sequence[str], lines: Mapping[Method, Sequence[str]]) -> str:
+    """Markdown, a line per method."""
+    found = [heads, *([f"`{method}`", *cells] for method, cells in lines.items())]
+    head, *rest = (f"| {' | '.join(cells)} |" for cells in found)
+    return "\n".join([head, "|:--|" + "--:|" * (len(heads) - 1), *rest])
 
 
 SECTION = """## Boundaries and objects
@@ -106,13 +109,14 @@ raster. A patch is a cell, so an object is one patch, and no evenly spaced segme
 
 {table}
 
-Trainings in which the intervals are apart:
+Trainings in which learned boundaries are above the others, intervals apart:
 
-{verdict}
+{apart}
 """
 
 SEEN = """
 ![Segments]({picture})
 
-Validation scenes, and their segments in mean colours: {columns}, then random segments, as many as the last method's.
+Validation scenes and their segments: {columns}, then random ones, as many as the first method's. Patches that stand alone
+are shown, others in their segment's mean colour, in which an object is lost.
 """

@@ -50,8 +50,9 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def contrasts(rows: Sequence[Row]) -> list[list[Arm]]:
-    """Arms of every contrastive experiment, the plain one first, then by cost."""
+    """Arms of every contrastive experiment, scenes before photographs, the plain one first, then by cost."""
     found = arms_of([row for row in rows if row.train is not None and row.task == "train contrast"])
+    found.sort(key=lambda arms: arms[0].runs[0].recipe, reverse=True)
     return [sorted(arms, key=lambda arm: (arm.method is not None, -macs_of(arm))) for arms in found]
 
 
@@ -231,7 +232,7 @@ as variances. Tokens: patches that enter each block. PatchDropout acts in traini
 
 GUESS = """
 Zero-shot: the triangle's colour, "a COLOUR triangle", {chance:.1f} % by chance. A model that knows which colours are in a
-scene and not whose they are can name the most frequent one: {guess:.1f} %.
+scene and not whose they are can name the most frequent one, or one of them: {guess:.1f} %.
 """
 
 TOWERS = """## Their towers, tuned on
