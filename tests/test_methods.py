@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -703,6 +704,15 @@ def test_spellings_round_trip(method):
     assert type(again) is type(method)
     spaced = winnow.parse(f"  {text.replace('(', '( ').replace('=', ' = ')} ")
     assert spaced == method
+
+
+def test_numpys_numbers_are_spelled_as_numbers():
+    for half in (np.float64(0.5), np.float32(0.5)):
+        method = TopK(keep=(Keep(half), Keep(0.25)), layers=(1, 2))
+        assert (
+            repr(method) == "TopK(keep=(Keep(0.5), Keep(0.25)), layers=(1, 2))" and winnow.parse(repr(method)) == method
+        )
+    assert repr(winnow.DRIP(rate=(np.float64(0.5),), after=(1,))) == "DRIP(rate=(0.5,), after=(1,))"
 
 
 @given(methods())

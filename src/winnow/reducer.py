@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -115,10 +116,19 @@ class Spelled:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING:
-                parts.append(repr(value))
+                parts.append(_spelt(value))
             elif value != field.default:
-                parts.append(f"{field.name}={value!r}")
+                parts.append(f"{field.name}={_spelt(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _spelt(value: object) -> str:
+    """A value as it is typed; numpy's numbers would print their type."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_spelt, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return repr(int(value) if isinstance(value, Integral) else float(value))
+    return repr(value)
 
 
 class Method(Spelled, ABC):
