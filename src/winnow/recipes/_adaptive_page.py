@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .._parse import parse
+from ..baselines import SLACK
 from ..measure import record
 from ..measure.accuracy import mcnemar, unpack
 from ..methods import BASELINES, Downsample
@@ -31,7 +32,8 @@ a training. Settings other than `train` and `cls` were varied where `train="zero
 """
 TOGETHER = """In the rest of the page all but the controller is frozen. Here the language model learns too: `jointly`, with
 projector and controller. DRIP merges inside the tower: in a first stage projector and boundaries learn, in a second
-tower, projector, boundaries and language model, as the tower of `hf:scenes` was not trained with DRIP before.
+tower, projector, boundaries and language model, as the tower of `hf:scenes` was not trained with DRIP before. It is
+compared with the best of as many tokens, and with the best of no more multiply-adds. A tower at 2x was not trained.
 """
 KEPT = """## What is kept
 
@@ -55,8 +57,8 @@ Expectation: at or above every other method below half the tokens. It is {met}: 
 
 Read the rows with the question for what they are: the projector of `hf:scenes` was taught, with labels, to put patches near
 their words (`python -m winnow.recipes.scenes_vlm`), and the controller starts from that likeness. How near a LLaVA's own
-projector puts them was not measured here. These two were trained with `train="zero"`, the others with the default. Learning
-rate and temperature of `after` and `encoder`, and which `train` they are shown with, were chosen on scenes of the test seed.
+projector puts them was not measured here. Learning rate and
+temperature of `after` and `encoder`, and `train`, were chosen on scenes of the test seed.
 """
 
 
@@ -235,27 +237,41 @@ def _ablations(ours: Found, methods: Mapping[str, Method], ablations: Sequence[s
 def _differ(one: Method, other: Method) -> int:
     """Settings that differ; both bounds of the budget are one."""
     fields = one.__dataclass_fields__  # type: ignore[attr-defined]
-    return len({name.partition("_")[0] for name in fields if getattr(one, name) != getattr(other, name)})
+    return len({name.partition("_")[0] for name in fields if getattr(one, name) != getattr(other, name, None)})
 
 
 def _together(
     ours: Found, others: Found, methods: Mapping[str, Method], together: Sequence[str], plain: record.Row
 ) -> str:
-    """Trained with the model around it: against the same controller beside a frozen model, or the best rival before it."""
+    """Trained with the model around it: against the same controller beside a frozen model, or the best rivals before it."""
     lines = ["## Trained together with the model\n", TOGETHER]
-    lines += ["| | tokens | GMACs | right | against | |", "|:--|--:|--:|--:|:--|:--|"]
+    lines += ["| | tokens | GMACs | right | against | tokens | GMACs | |", "|:--|--:|--:|--:|:--|--:|--:|:--|"]
     for name in (name for name in together if name in ours):
-        base = next((one for one, method in methods.items() if method == methods[name] and one != name), None)
+        alone = [ours[one] for one, method in methods.items() if method == methods[name] and one != name]
         for budget, row in sorted(ours[name].items(), reverse=True):
-            rivals = {other: rows[budget] for other, rows in others.items() if budget in rows}
-            rivals = {other: found for other, found in rivals.items() if _kind(other) != KINDS[2]}
-            best = base or max(rivals, key=lambda other: float(_hits(rivals[other]).mean()), default="")
-            rival = ours[base].get(budget) if base else rivals.get(best)
-            cost = f"{row.macs.per_image / 1e9:.3f}" if row.macs else "–"
-            cells = [f"`{name}`", _share(budget, plain), cost, _right(row)]
-            cells += ["–", "–"] if rival is None else [f"`{best}` {_right(rival)}", _test(row, rival)]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [f"`{name}`", *_size(row), _right(row)]
+            for rival in [found[budget] for found in alone if budget in found] or _rivals(row, others):
+                against = [f"{'`' + str(rival.method) + '`' if not alone else 'frozen'} {_right(rival)}", *_size(rival)]
+                lines.append(f"| {' | '.join([*cells, *against, _test(row, rival)])} |")
     return "\n".join([*lines, ""]) if set(together) & set(ours) else ""
+
+
+def _rivals(row: record.Row, others: Found) -> list[record.Row]:
+    """The best of those that act before the language model: with as many tokens, and with no more multiply-adds."""
+    near = [one for name, rows in others.items() if _kind(name) != KINDS[2] for one in rows.values()]
+    groups = (
+        [one for one in near if _left(one) == _left(row)],
+        [one for one in near if _macs(one) <= SLACK * _macs(row)],
+    )
+    return [max(group, key=lambda one: float(_hits(one).mean())) for group in groups if group]
+
+
+def _size(row: record.Row) -> tuple[str, str]:
+    return str(_left(row)), f"{_macs(row) / 1e9:.3f}"
+
+
+def _macs(row: record.Row) -> float:
+    return row.macs.per_image if row.macs else float("inf")
 
 
 def _kept(out: Path) -> str:

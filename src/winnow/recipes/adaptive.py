@@ -43,8 +43,8 @@ MAIN: dict[str, AdaptiveKeep] = {
     "encoder": ENCODER,
     "after, diverse": replace(AFTER, select="diverse"),
     "encoder, diverse": replace(ENCODER, select="diverse"),
-    "after, question": replace(ZERO, text=True),
-    "encoder, question": replace(ENCODER_ZERO, text=True),
+    "after, question": replace(AFTER, text=True),
+    "encoder, question": replace(ENCODER, text=True),
 }
 ABLATIONS: dict[str, AdaptiveKeep] = {
     'train="zero"': ZERO,
