@@ -123,6 +123,20 @@ def test_the_caller_s_own_embeddings(method):
         assert torch.equal(new, answer(model, inputs)[:, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("method", BOTH, ids=repr)
+def test_features_encoded_ahead(family, method):
+    """transformers' own way of passing what the tower made, such as with a cache of images."""
+    model, inputs = tiny(family), prompts(family, (1, 2))
+    winnow.reduce(model, method)
+    wanted = answer(model, inputs)
+    names = [name for name in ("pixel_values", "image_grid_thw") if name in inputs]
+    with torch.no_grad():
+        ahead = model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
+    bare = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    assert torch.equal(answer(model, bare, mm_encoder_outputs={"image": ahead}), wanted)
+
+
 def test_features_that_the_caller_put_among_the_embeddings():
     """Reduced ones have empty slots, which leave; a method in the language model cannot know them and says so."""
     model, inputs = tiny(), prompts("llava", (1, 2, 0))
@@ -200,9 +214,12 @@ def test_both_sides_of_padding_and_the_loss_by_hand(family, method):
             last.append(said.logits[torch.arange(3), end])
             out = model(**inputs, labels=labels)
             held = run.columns.labels(labels)
+            of_seven = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(7)).loss
         wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), held[:, 1:].flatten())
         torch.testing.assert_close(out.loss, wanted)
-        assert int((held != -100).sum()) == int((labels != -100).sum())
+        left = int((held != -100).sum())
+        assert left == int((labels != -100).sum())
+        torch.testing.assert_close(of_seven, wanted * left / 7)  # the first column is never a label
         losses.append(out.loss)
     torch.testing.assert_close(last[0], last[1], atol=2e-5, rtol=2e-5)
     if method.facts.where == "tower":  # with labels FastV asks the rows before the answers, which padding moves
