@@ -42,7 +42,7 @@ def rows() -> list[record.Row]:
         row(DivPrune().leaving(Keep(0.3)), 1),
     ]
     for weights, (arm, right) in enumerate(
-        {"after": 12, "encoder": 20, "after, question": 39, 'train="zero"': 10, "one for 1/16": 25}.items()
+        {"after": 12, "encoder": 20, "after, question": 39, 'train="gather"': 10, "one for 1/16": 25}.items()
     ):
         method = (adaptive.MAIN | adaptive.ABLATIONS)[arm]
         found += [trained(arm, str(weights)), row(method.leaving(few), right, weights=str(weights))]
@@ -57,8 +57,8 @@ def test_rows_are_read_by_weights(rows, tmp_path):
     assert "| after, question: 97.5 | 1/16 | `Random(at='tower')` 25.0 | 29 won, 0 lost, p = 3.7e-09 " in text
     assert "| `DivPrune()` 75.0 | 9 won, 0 lost, p = 0.0039 | `FastV(layer=1)` 95.0 | 1 won, 0 lost, p = 1 |" in text
     assert "Phase 2 against phase 1, paired: 9 of 144: 8 won, 0 lost, p = 0.0078." in text
-    assert '| `one for 1/16` | `train="zero"` | – | – | 62.5 | 25.0: 15 won, 0 lost, p = 6.1e-05 |' in text
-    assert '| `train="zero"` | `after` | – | – | 25.0 | 30.0: 0 won, 2 lost, p = 0.5 |' in text
+    assert "| `one for 1/16` | `after` | – | – | 62.5 | 30.0: 13 won, 0 lost, p = 0.00024 |" in text
+    assert '| `train="gather"` | `after` | – | – | 25.0 | 30.0: 0 won, 2 lost, p = 0.5 |' in text
     assert "2.5 (0.100)" not in text, "a budget of 0.3 is none of the page's"
 
 

@@ -28,7 +28,8 @@ KINDS = ("trivial", "before the language model", "inside the language model")
 CHANGED = """Each arm against the one that it differs from in one setting; without the question. Top-1 in %, and the exact
 McNemar test on the same questions; of twenty such tests one is below 0.05 by chance alone. Each arm is one training (seed
 0). `place="first"` is the same network as without it, rounding apart, so those two rows differ by what rounding makes of
-a training. Settings other than `train` and `cls` were varied where `train="zero"`, before that was known to be the worse.
+a training. `train` says what becomes of dropped patches in training: they leave ("gather"), they leave behind the
+projector ("mask"), they stay as zeros ("zero"); docs/log.md has what that means.
 """
 TOGETHER = """In the rest of the page all but the controller is frozen. Here the language model learns too: `jointly`, with
 projector and controller. DRIP merges inside the tower: in a first stage projector and boundaries learn, in a second
@@ -58,7 +59,8 @@ Expectation: at or above every other method below half the tokens. It is {met}: 
 Read the rows with the question for what they are: the projector of `hf:scenes` was taught, with labels, to put patches near
 their words (`python -m winnow.recipes.scenes_vlm`), and the controller starts from that likeness. How near a LLaVA's own
 projector puts them was not measured here. Learning rate and
-temperature of `after` and `encoder`, and `train`, were chosen on scenes of the test seed.
+temperature of `after` and `encoder`, and `train` of all, were chosen on scenes of the test seed. `diverse` is trained with
+`train="gather"`, the others with `"zero"`.
 """
 
 
@@ -225,7 +227,8 @@ def _ablations(ours: Found, methods: Mapping[str, Method], ablations: Sequence[s
     lines += ["| | against | " + " | | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " | |"]
     lines += ["|:--|:--|" + "--:|:--|" * len(TESTED)]
     for name in (name for name in ablations if name in ours):
-        base = next((one for one, method in methods.items() if _differ(method, methods[name]) == 1), "")
+        near = [one for one, method in methods.items() if _differ(method, methods[name]) == 1]
+        base = max(near, key=lambda one: len(one) * name.startswith(one), default="")
         cells = [f"`{name}`", f"`{base}`" if base else "–"]
         for budget in TESTED:
             row, other = ours[name].get(budget), ours.get(base, {}).get(budget)
@@ -250,7 +253,8 @@ def _together(
         alone = [ours[one] for one, method in methods.items() if method == methods[name] and one != name]
         for budget, row in sorted(ours[name].items(), reverse=True):
             cells = [f"`{name}`", *_size(row), _right(row)]
-            for rival in [found[budget] for found in alone if budget in found] or _rivals(row, others):
+            rivals = [found[budget] for found in alone if budget in found] if alone else _rivals(row, others)
+            for rival in rivals:
                 against = [f"{'`' + str(rival.method) + '`' if not alone else 'frozen'} {_right(rival)}", *_size(rival)]
                 lines.append(f"| {' | '.join([*cells, *against, _test(row, rival)])} |")
     return "\n".join([*lines, ""]) if set(together) & set(ours) else ""

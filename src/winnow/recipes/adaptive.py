@@ -35,38 +35,38 @@ BUDGETS = (0.75, 0.5, 0.25, 0.125, 0.0625)
 """Shares of the image tokens; all of them is the plain model."""
 SMALL = BUDGETS[-2:]
 """What ablations are asked at."""
-AFTER = AdaptiveKeep(budget_max=0.5, fuse="after")
+AFTER = AdaptiveKeep(budget_max=0.5, fuse="after", train="zero")
 ENCODER = replace(AFTER, fuse="encoder")
-ZERO, ENCODER_ZERO = replace(AFTER, train="zero"), replace(ENCODER, train="zero")
+DIVERSE = replace(AFTER, select="diverse", train="gather")
 MAIN: dict[str, AdaptiveKeep] = {
     "after": AFTER,
     "encoder": ENCODER,
-    "after, diverse": replace(AFTER, select="diverse"),
-    "encoder, diverse": replace(ENCODER, select="diverse"),
+    "after, diverse": DIVERSE,
+    "encoder, diverse": replace(DIVERSE, fuse="encoder"),
     "after, question": replace(AFTER, text=True),
     "encoder, question": replace(ENCODER, text=True),
 }
 ABLATIONS: dict[str, AdaptiveKeep] = {
-    'train="zero"': ZERO,
-    'encoder, train="zero"': ENCODER_ZERO,
-    'after, diverse, train="zero"': replace(ZERO, select="diverse"),
+    'encoder, train="gather"': replace(ENCODER, train="gather"),
+    'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
-    'after, diverse, train="mask"': replace(AFTER, select="diverse", train="mask"),
-    'train="gather", cls=True': replace(AFTER, cls=True),
-    'join="concat"': replace(ZERO, join="concat"),
-    'head="dot"': replace(ZERO, head="dot"),
-    'head="index"': replace(ZERO, head="index"),
-    "conditioned=False": replace(ZERO, conditioned=False),
-    "one for 1/8": ZERO.leaving(Keep(0.125)),  # type: ignore[dict-item]
-    "one for 1/16": ZERO.leaving(Keep(0.0625)),  # type: ignore[dict-item]
-    'encoder, read="both"': replace(ENCODER_ZERO, read="both"),
-    'encoder, read="both", place="first"': replace(ENCODER_ZERO, read="both", place="first"),
-    'encoder, position="borrowed"': replace(ENCODER_ZERO, position="borrowed"),
+    'after, diverse, train="zero"': replace(DIVERSE, train="zero"),
+    'after, diverse, train="mask"': replace(DIVERSE, train="mask"),
+    'train="gather", cls=True': replace(AFTER, cls=True, train="gather"),
+    'join="concat"': replace(AFTER, join="concat"),
+    'head="dot"': replace(AFTER, head="dot"),
+    'head="index"': replace(AFTER, head="index"),
+    "conditioned=False": replace(AFTER, conditioned=False),
+    "one for 1/8": AFTER.leaving(Keep(0.125)),  # type: ignore[dict-item]
+    "one for 1/16": AFTER.leaving(Keep(0.0625)),  # type: ignore[dict-item]
+    'encoder, read="both"': replace(ENCODER, read="both"),
+    'encoder, read="both", place="first"': replace(ENCODER, read="both", place="first"),
+    'encoder, position="borrowed"': replace(ENCODER, position="borrowed"),
 }
 ALIGN, TUNE = ("projector", "reducer"), ("vision", "projector", "llm", "reducer")
 TOGETHER: dict[str, tuple[Method, tuple[tuple[str, ...], ...]]] = {
     "DRIP(rate=0.25)": (DRIP(rate=0.25), (ALIGN, TUNE)),
-    "after, jointly": (AFTER, (("projector", "llm", "reducer"),)),
+    "after, jointly": (replace(AFTER, train="gather"), (("projector", "llm", "reducer"),)),
 }
 """Methods that are trained with the model around them: what learns, stage after stage."""
 TRAINING_FREE: tuple[Method, ...] = (
