@@ -109,14 +109,29 @@ def test_reducers_follow_device_dtype_and_mode():
     assert "reducer.limits" in model.state_dict() and "reducer.limits" in dict(model.named_buffers())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [*EVERY, *(winnow.DRIP(rate=0.25, after=1, predictor=name) for name in ("mlp", "hnet", "entropy", "spikes"))],
+    ids=repr,
+)
+def test_a_broken_image_spoils_itself_alone(method, images):
+    model, broken = vit(), images.clone()
+    broken[1] = torch.nan
+    with torch.no_grad(), winnow.reduced(model, method):
+        out, sound = model(broken), model(images)
+    assert out[1].isnan().all()
+    near(out[[0, 2]], sound[[0, 2]])
+
+
 # ---- watch
 
 
 def test_counts_of_every_kind(images):
     model = winnow.reduce(vit(), ToMe(r=3))
     with winnow.watch(model) as run:
-        with pytest.raises(ValueError, match="no forward was watched yet"):
-            _ = run.ledger
+        for name in ("ledger", "valid_counts"):
+            with pytest.raises(ValueError, match="no forward was watched yet"):
+                getattr(run, name)
         with torch.no_grad():
             model(images)
     assert run.counts == [16, 13, 10, 7, 4]

@@ -49,22 +49,26 @@ class Run:
         """Ledger after each block; -1 = entering block 0."""
         return {layer: tokens.ledger for layer, tokens in sorted(self.tokens.items())}
 
-    @property
-    def ledger(self) -> Ledger:
-        """Ledger at the end; ValueError before any forward."""
+    def watched(self) -> dict[int, Ledger]:
+        """The same; ValueError before any forward."""
         if not self.tokens:
             raise ValueError("no forward was watched yet: call the model inside `with winnow.watch(model) as run`")
-        return self.tokens[max(self.tokens)].ledger
+        return self.ledgers
+
+    @property
+    def ledger(self) -> Ledger:
+        """Ledger at the end."""
+        return self.watched()[max(self.tokens)]
 
     @property
     def counts(self) -> list[int]:
-        """depth+1 patch tokens executed: entering block 0, then after each block."""
+        """depth+1 patch tokens executed: entering block 0, then after each block; [] before any forward."""
         return [ledger.n for ledger in self.ledgers.values()]
 
     @property
     def valid_counts(self) -> Tensor:
         """[B, depth+1] real patch tokens, padding apart."""
-        return torch.stack([ledger.counts() for ledger in self.ledgers.values()], 1)
+        return torch.stack([ledger.counts() for ledger in self.watched().values()], 1)
 
     def __deepcopy__(self, memo: dict) -> Run:
         return Run()

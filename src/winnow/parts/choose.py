@@ -26,8 +26,8 @@ def above(score: Tensor, limit: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def most_likely(score: Tensor, m: int, among: Tensor) -> Tensor:
-    """[B, N] bool: at most m of the tokens in `among` [B, N], those with the highest score."""
-    ranked = score.masked_fill(~among, float("-inf")).topk(m, dim=1).indices
+    """[B, N] bool: at most m of the tokens in `among` [B, N], those with the highest score; NaN is the lowest."""
+    ranked = score.masked_fill(~among | score.isnan(), float("-inf")).topk(m, dim=1).indices
     return among & among.new_zeros(among.shape).scatter(1, ranked, True)
 
 

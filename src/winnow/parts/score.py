@@ -52,7 +52,8 @@ def entropy(image: Tensor, grid: tuple[int, int]) -> Tensor:
     h, w = image.shape[-2] // grid[0], image.shape[-1] // grid[1]
     grey = image.detach().float().mean(1)[:, : grid[0] * h, : grid[1] * w]
     low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
-    level = ((grey - low) / (high - low).clamp_min(1e-12) * (LEVELS - 1)).round().long()
+    level = ((grey - low) / (high - low).clamp_min(1e-12) * (LEVELS - 1)).round()
+    level = level.nan_to_num(0.0).clamp(0, LEVELS - 1).long()  # of a broken image there is nothing to know
     level = level.unflatten(2, (grid[1], w)).unflatten(1, (grid[0], h)).transpose(2, 3).flatten(3).flatten(1, 2)
     share = torch.zeros(*level.shape[:2], LEVELS, device=image.device)
     share = share.scatter_add(2, level, torch.ones_like(level, dtype=share.dtype)) / level.shape[2]
