@@ -26,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _KINDS = (
     "a .csv file (columns file, label), a folder of class folders, a folder of images, "
-    "a CIFAR folder, a .parquet file or folder, or one of the names scenes, scenes2, scenes1to2 and photographs"
+    "a CIFAR folder, a .parquet file or folder, or one of the names scenes, scenes1 and photographs"
 )
 
 

@@ -26,8 +26,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 SHAPES = ("triangle", "disc", "ring", "square", "frame", "diamond", "plus", "cross")
-NAMES = {"scenes": (8,), "scenes2": (2,), "scenes1to2": (1, 2)}
-"""Data sets of scenes, and how many objects they show in turn."""
+NAMES = {"scenes": 8, "scenes1": 1}
+"""Data sets of scenes, and how many objects each shows."""
 SPLITS = {"train": (0, 5000), "val": (1, 500), "test": (2, 500)}
 """Seed and how many scenes."""
 
@@ -55,7 +55,7 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Index of the triangle's colour; of the only object's where there is one."""
+        """Index of the triangle's colour; where there is one object, of its shape."""
         return _label(self.things)
 
     @property
@@ -117,8 +117,9 @@ def _plan(seed: int, i: int, things: int) -> _Plan:
 
 
 def _label(things: tuple[Thing, ...]) -> int:
-    asked = next((thing for thing in things if thing.shape == SHAPES[0]), things[0])
-    return list(COLOURS).index(asked.colour)
+    if len(things) == 1:
+        return SHAPES.index(things[0].shape)
+    return list(COLOURS).index(next(thing.colour for thing in things if thing.shape == SHAPES[0]))
 
 
 def _caption(things: tuple[Thing, ...]) -> str:
@@ -140,12 +141,7 @@ def seed_of(split: str) -> int:
 @cache
 def captions(n: int, split: str, name: str = "scenes") -> list[str]:
     """Captions of the first n scenes of a split; no pixel is drawn."""
-    return [_caption(_plan(SPLITS[split][0], i, shown(name, i)).things) for i in range(n)]
-
-
-def shown(name: str, i: int) -> int:
-    """Objects of scene i of one of `NAMES`."""
-    return NAMES[name][i % len(NAMES[name])]
+    return [_caption(_plan(SPLITS[split][0], i, NAMES[name]).things) for i in range(n)]
 
 
 @cache
@@ -156,8 +152,8 @@ def questions(split: str, things: int = 8) -> list[list[tuple[str, str]]]:
 
 
 @cache
-def _labels(seed: int, n: int, name: str) -> list[int]:
-    return [_label(_plan(seed, i, shown(name, i)).things) for i in range(n)]
+def _labels(seed: int, n: int, things: int) -> list[int]:
+    return [_label(_plan(seed, i, things).things) for i in range(n)]
 
 
 def covers(thing: Thing) -> np.ndarray:
@@ -185,22 +181,22 @@ def covers(thing: Thing) -> np.ndarray:
 
 
 def open_scenes(n: int | None = None, split: str = "test", name: str = "scenes") -> Images:
-    """n scenes (None: all of the split) as image data with masks; the label is the triangle's (or only object's) colour.
+    """n scenes (None: all of the split) as image data with masks; the label is `Scene.label`.
 
     name: one of `NAMES`. ValueError on an unknown split.
     """
-    split = split or "test"
+    split, things = split or "test", NAMES[name]
     seed, all_there = seed_of(split), SPLITS[split][1]
     n = all_there if n is None else n
     return Images(
         name,
         [f"scene {i}" for i in range(n)],
-        lambda i: Image.fromarray(_drawn(seed, i, shown(name, i))),
-        lengths=[shown(name, i) for i in range(n)],
-        labels=_labels(seed, n, name),
+        lambda i: Image.fromarray(_drawn(seed, i, things)),
+        lengths=[things] * n,
+        labels=_labels(seed, n, things),
         split=split,
-        classes=list(COLOURS),
-        mask=lambda i: scene(seed, i, shown(name, i)).mask,
+        classes=list(SHAPES if things == 1 else COLOURS),
+        mask=lambda i: scene(seed, i, things).mask,
     )
 
 

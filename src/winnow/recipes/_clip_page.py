@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import cycle
 from math import hypot, sqrt
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,8 +19,7 @@ import torch
 from .._clip import load_clip
 from .._parse import parse
 from .._reduce import reduced
-from ..data.scenes import COLOURS as COLOURS_OF_SCENES
-from ..data.scenes import NAMES, captions, open_scenes
+from ..data.scenes import NAMES, SHAPES, captions
 from ..measure.accuracy import Z95
 from ..measure.closed_form import closed_macs, plain_macs
 from ..measure.record import Row, Training
@@ -42,7 +42,7 @@ def page(rows: Sequence[Row]) -> str:
     """The whole page, Markdown."""
     parts = [HEAD]
     for arms in contrasts(rows):
-        parts.append(_title(arms) + table(arms) + _guess(arms))
+        parts.append(_title(arms) + table(arms) + _asked(arms))
     if figure(rows) is not None:
         parts.append("![Zero-shot accuracy and retrieval against the image tower's cost](clip.svg)\n")
     parts += [section(rows), _towers(rows), document_table(rows), parts_table(rows)]
@@ -62,27 +62,21 @@ def _title(arms: Sequence[Arm]) -> str:
     machine = row.environment.get("gpu") or row.environment.get("cpu", "?")
     part, data = row.train, row.data
     images = "?" if data is None else f"{data.name} {data.split}, {data.n} images".replace(" ,", ",")
+    source = Path(str(part.settings.get("data.train.path", "?"))).name
     return (
         f"## `{part.recipe}`: {part.epochs} epochs of {part.steps // part.epochs} steps of {part.batch}\n\n"
-        f"Judged on {images}; {machine}.\n\n"
+        f"Trained on {source}, judged on {images}; {machine}.\n\n"
     )
 
 
-def _guess(arms: Sequence[Arm]) -> str:
-    """What a bag of colours would score on scenes, which have names for nothing else."""
+def _asked(arms: Sequence[Arm]) -> str:
+    """What zero-shot asks of scenes, and what chance gives."""
     data = arms[0].rows[0].data
     if data is None or data.name not in NAMES:
         return ""
-    said, labels = captions(data.n, data.split, data.name), open_scenes(data.n, data.split, data.name).labels
-    assert labels is not None
-    counts = [Counter(word for word in text.replace(",", "").split() if word in COLOURS_OF_SCENES) for text in said]
-    names = list(COLOURS_OF_SCENES)
-    hits = [(names[label] in (top := _most(count))) / len(top) for count, label in zip(counts, labels)]
-    return GUESS.format(chance=100 / len(names), guess=100 * mean(hits))
-
-
-def _most(counts: Counter[str]) -> list[str]:
-    return [name for name, n in counts.items() if n == max(counts.values())]
+    texts = Counter(captions(data.n, data.split, data.name))
+    said = sum(n * n for n in texts.values()) / data.n**2
+    return ASKED.format(chance=100 / len(SHAPES), texts=len(texts), found=100 * said)
 
 
 def table(arms: Sequence[Arm]) -> str:
@@ -121,11 +115,16 @@ def spread(values: Sequence[float], n: int) -> str:
     """Mean ± deviation over seeds and a 95 % interval, in percent: which n images and which seeds, added as variances."""
     if not values:
         return "–"
+    low, high = _interval(values, n)
+    shown = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{shown} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _interval(values: Sequence[float], n: int) -> tuple[float, float]:
     middle = mean(values)
     sd = stdev(values) if len(values) > 1 else 0.0
     half = Z95 * hypot(sqrt(middle * (1 - middle) / n), sd / sqrt(len(values)))
-    shown = f" ± {100 * sd:.1f}" if len(values) > 1 else ""
-    return f"{100 * middle:.1f}{shown} ({100 * max(0.0, middle - half):.1f} to {100 * min(1.0, middle + half):.1f})"
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def macs_of(arm: Arm) -> float:
@@ -230,14 +229,14 @@ INTERVALS = """Mean ± standard deviation over the seeds, in percent, and a 95 %
 as variances. Tokens: patches that enter each block. PatchDropout acts in training only and is judged with every patch.
 """
 
-GUESS = """
-Zero-shot: the triangle's colour, "a COLOUR triangle", {chance:.1f} % by chance. A model that knows which colours are in a
-scene and not whose they are can name the most frequent one, or one of them: {guess:.1f} %.
+ASKED = """
+Zero-shot: the object's shape, from "a COLOUR SHAPE" over eight colours, {chance:.1f} % by chance. There are {texts}
+different captions, and every scene that has the same is right: {found:.1f} % by chance.
 """
 
 TOWERS = """## Their towers, tuned on
 
-The tower of one seed in the classification recipe `scenes_from_clip`: the triangle's colour, from a linear head on what the
+The tower of one seed in the classification recipe `scenes_from_clip`: the object's shape, from a linear head on what the
 tower pools. Below, document 001's own rows, on ImageNet; its rows of DRIP wait for numbers, and are not filled here.
 
 | tower | pretrained on | zero-shot | frozen? | epochs | accuracy |
