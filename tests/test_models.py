@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -335,3 +336,8 @@ def test_real_weights_and_their_preprocessing():
             int((loaded.model(b.images).argmax(1) == b.labels).sum()) for b in batches(images, loaded.transform, 12)
         )
     assert right >= 17
+
+
+def test_timm_knows_ours_once_winnow_is_imported():
+    code = "import timm, winnow; assert timm.is_model('hybrid_vit') and timm.is_model('drip_vit_base_patch32_224')"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,6 +26,7 @@ from ..measure.zero_shot import class_features, classes_of, retrieval, templates
 from ..reducer import Method
 from ..tasks.classify import reducer_weights
 from . import _options as o
+from ._progress import Progress
 
 Model = Annotated[str, typer.Option(help="open_clip:NAME")]
 Tag = Annotated[str | None, typer.Option("--pretrained", help="open_clip's tag, downloaded, e.g. laion2b_s34b_b79k")]
@@ -50,10 +51,14 @@ class Judged:
     def images(self, images: Images) -> tuple[Tensor, list[float] | None]:
         """Features [n, D], and the mean patch tokens of a reduced model [depth+1]."""
         found, counts = [], []
-        for one in decode.batches(images, self.clip.transform, self.batch, workers=self.workers, device=self.device):
-            found.append(self.clip.model.encode_image(one.images, normalize=True).float())  # type: ignore[operator]
-            if self.method is not None:
-                counts.append(seat_of(self.clip.model).run.valid_counts.float())
+        with Progress() as progress:
+            progress.total = len(images)
+            progress.say(f"{self.clip.spec}: images")
+            words: dict[str, Any] = {"workers": self.workers, "device": self.device, "progress": progress.images}
+            for one in decode.batches(images, self.clip.transform, self.batch, **words):
+                found.append(self.clip.model.encode_image(one.images, normalize=True).float())  # type: ignore[operator]
+                if self.method is not None:
+                    counts.append(seat_of(self.clip.model).run.valid_counts.float())
         if not bool(torch.cat(found).isfinite().all()):
             raise FloatingPointError("the model gives NaN or infinity on these images")
         return torch.cat(found), torch.cat(counts).mean(0).tolist() if counts else None
