@@ -114,13 +114,18 @@ def folder(results: Path, run: Run) -> Path:
 
 
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
-    """Rows of every training and of its boundaries, made once: what the results file holds is not made again."""
+    """Rows of every training and of its boundaries, made once: what the results file holds is not made again.
+
+    Boundaries of what is trained come first, then what is missing.
+    """
     from ..train.loop import train
     from ..train.stop import Stopped
 
-    for one in runs(wish, results):
+    done = _rows(results)
+    there = {one: any(_same(row, one.made(wish)) for row in done) for one in runs(wish, results)}
+    for one in sorted(there, key=lambda one: not there[one]):
         recipe, out = one.made(wish), folder(results, one)
-        if not any(_same(row, recipe) for row in _rows(results)):
+        if not there[one]:
             say(f"{one.name}: {ARMS[one.arm] or 'plain'}")
             try:
                 train(recipe, out, name=one.recipe, resume=(out / "checkpoints").is_dir(), results=results)
