@@ -123,6 +123,12 @@ def test_a_broken_image_spoils_itself_alone(method, images):
     near(out[[0, 2]], sound[[0, 2]])
 
 
+@pytest.mark.parametrize("method", [method for method in EVERY if method.facts.where != "input"], ids=repr)
+def test_an_empty_batch_is_no_error(method, images):
+    with torch.no_grad(), winnow.reduced(vit(), method) as model:
+        assert model(images[:0]).shape == (0, 5)
+
+
 # ---- watch
 
 

@@ -183,7 +183,7 @@ class Seat:
             return out
         if out.ledger.valid is None:
             return pad(out, way.multiple) if self.facts.static else out
-        most = int(out.ledger.valid.sum(1).max())
+        most = max(out.ledger.valid.sum(1).tolist(), default=1)
         return compact(out, min(out.n, -(-most // way.multiple) * way.multiple))
 
     def _note(self, out: Tokens, layer: int) -> None:

@@ -147,9 +147,14 @@ class Loop:
         if not math.isfinite(values["loss"]):
             path = self.out / f"bad-batch-{outcome.step}-{self.place.rank}.pt"
             torch.save(outcome.batch, path)
+            kept = (
+                f"the checkpoint before it in {self.out}"
+                if (self.out / "checkpoints").exists()
+                else "no checkpoint yet"
+            )
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {outcome.step} (epoch {outcome.step // self.per_epoch + 1}); its "
-                f"batch is in {path}, the checkpoint before it in {self.out}: lower optim.lr or set optim.clip"
+                f"batch is in {path}, {kept}: lower optim.lr or set optim.clip"
             )
         self.meter.add(values)
         self.tokens.add({str(layer): n for layer, n in enumerate(outcome.tokens)})
