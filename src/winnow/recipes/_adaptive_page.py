@@ -53,14 +53,13 @@ Command (what the results file lacks is trained and asked):
 winnow report adaptive --out docs
 ```
 
-The rows' own commands say how they were made; controllers were trained and asked one at a time, by that command's functions.
+Its parts ran at several commits, which the rows name.
 Expectation: at or above every other method below half the tokens. It is {met}: see the paired tests. docs/log.md says why.
 
 Read the rows with the question for what they are: the projector of `hf:scenes` was taught, with labels, to put patches near
 their words (`python -m winnow.recipes.scenes_vlm`), and the controller starts from that likeness. How near a LLaVA's own
-projector puts them was not measured here. Learning rate and
-temperature of `after` and `encoder`, and `train` of all, were chosen on scenes of the test seed. `diverse` is trained with
-`train="gather"`, the others with `"zero"`.
+projector puts them was not measured here. Learning rate and temperature of `after` and `encoder`, and `train` of all, were
+chosen on scenes of the test seed. `diverse` is trained with `train="gather"`, the others with `"zero"`.
 """
 
 
