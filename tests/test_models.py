@@ -281,6 +281,7 @@ class TestHuggingFace:
         root, made = hf_folders
         refused("no such folder", f"hf:{tmp_path / 'gone'}", FileNotFoundError)
         refused("leave size", f"hf:{root / 'vit'}", size=64)
+        refused("is a vision-language model", "hf:scenes")
         refused("has 5 classes: leave num_classes out", f"hf:{root / 'vit'}", num_classes=3)
         refused("no classes: leave num_classes out", f"hf:{root / 'clip'}", num_classes=3)
         made["vit"].save_pretrained(tmp_path / "alone")

@@ -26,10 +26,16 @@ def load(spec: str, name: str, wish: Wish) -> LoadedModel:
 
     ValueError or FileNotFoundError, one line, where anything is missing or does not fit.
     """
+    from ._vlm_model import SHIPPED
+
     try:
         import transformers
     except ImportError:
         raise ValueError(f'{spec} needs transformers: pip install "winnow-vision[hf]"') from None
+    if name in SHIPPED:
+        raise ValueError(
+            f"{spec} is a vision-language model: winnow generate and compare take it, and measure with --text"
+        )
     if wish.size is not None or wish.crop_pct is not None:
         raise ValueError(f"{spec}: its own image processor resizes and crops; leave size and crop_pct out")
     if wish.options or wish.new_head:
