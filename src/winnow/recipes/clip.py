@@ -119,7 +119,6 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
     Boundaries of what is trained come first, then what is missing.
     """
     from ..train.loop import train
-    from ..train.stop import Stopped
 
     done = _rows(results)
     there = {one: any(_same(row, one.made(wish)) for row in done) for one in runs(wish, results)}
@@ -127,10 +126,7 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
         recipe, out = one.made(wish), folder(results, one)
         if not there[one]:
             say(f"{one.name}: {ARMS[one.arm] or 'plain'}")
-            try:
-                train(recipe, out, name=one.recipe, resume=(out / "checkpoints").is_dir(), results=results)
-            except Stopped as stopped:
-                raise KeyboardInterrupt(str(stopped)) from None
+            train(recipe, out, name=one.recipe, resume=(out / "checkpoints").is_dir(), results=results)
         if one.recipe == SCENES and isinstance(ARMS[one.arm], DRIP) and not _judged(results, one):
             record.append(results, boundaries(recipe, out / "last.safetensors"))
     return _rows(results)

@@ -163,7 +163,6 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
     Beside the results: RESULTS-logs/NAME-SEED.jsonl, the epochs of a run, and .npz, what its class token attended to.
     """
     from ..train.loop import train
-    from ..train.stop import Stopped
 
     logs = logs_of(results)
     for one in runs(wish):
@@ -173,10 +172,7 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
         say(f"{label}: {one.method or 'plain'}")
         out = results.with_name(f"{results.stem}-runs") / label
         watch = Watch()
-        try:
-            row = train(recipe, out, name="ctd", resume=(out / "checkpoints").is_dir(), after=watch)
-        except Stopped as stopped:
-            raise KeyboardInterrupt(str(stopped)) from None
+        row = train(recipe, out, name="ctd", resume=(out / "checkpoints").is_dir(), after=watch)
         epochs = [line for line in read_log(out / "log.jsonl") if line["event"] == "epoch"]
         record.append(results, row)
         files.write(logs / f"{label}.jsonl", "".join(json.dumps(line) + "\n" for line in epochs).encode())

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(Exception):
-    """A run was asked to stop and saved itself; `code` is what the shell expects of such an end."""
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, by Ctrl-C or SIGTERM, and saved itself; `code` is what the shell expects of such an end."""
 
     def __init__(self, words: str, signum: int) -> None:
         super().__init__(words)
