@@ -34,7 +34,7 @@ projector ("mask"), they stay as zeros ("zero"); docs/log.md has what that means
 TOGETHER = """In the rest of the page all but the controller is frozen. Here the language model learns too: `jointly`, with
 projector and controller. DRIP merges inside the tower: in a first stage projector and boundaries learn, in a second
 tower, projector, boundaries and language model, as the tower of `hf:scenes` was not trained with DRIP before. It is
-compared with the best of as many tokens, and with the best of no more multiply-adds. A tower at 2x was not trained.
+compared with the best of as many tokens, and with the best of no more multiply-adds.
 """
 KEPT = """## What is kept
 

@@ -65,6 +65,7 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
 }
 ALIGN, TUNE = ("projector", "reducer"), ("vision", "projector", "llm", "reducer")
 TOGETHER: dict[str, tuple[Method, tuple[tuple[str, ...], ...]]] = {
+    "DRIP(rate=0.5)": (DRIP(rate=0.5), (ALIGN, TUNE)),
     "DRIP(rate=0.25)": (DRIP(rate=0.25), (ALIGN, TUNE)),
     "after, jointly": (replace(AFTER, train="gather"), (("projector", "llm", "reducer"),)),
 }
