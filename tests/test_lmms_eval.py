@@ -24,12 +24,19 @@ from vlms import IMAGE, tiny
 import winnow
 from winnow import Exactly, FastV, Keep
 
-pytest.importorskip("accelerate")
+AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] %}"
     "{% if p['type'] == 'image' %}<image> {% else %}{{ p['text'] }} {% endif %}{% endfor %}{% endfor %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_state_left():
+    """Accelerate keeps its state in the class, and the next test may want another precision."""
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def stand_in() -> dict[str, types.ModuleType]:
