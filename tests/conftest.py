@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,22 @@ def llava(folder) -> Any:
 def no_curves(monkeypatch):
     """Runs draw no curves: test_train.py does."""
     monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Call the command in this process, in a folder of its own: (exit code, stdout, stderr)."""
+    from winnow.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return call
 
 
 def reference(name: str) -> dict:

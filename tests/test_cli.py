@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from winnow.cli import _together, main
+from winnow.cli import _together
 from winnow.measure import record
 
 MODEL = "timm:test_vit"  # 160 px, patch 16, width 64, depth 6
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out = capsys.readouterr()
-        return int(stop.value.code or 0), out.out, out.err
-
-    return call
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,6 @@ pytest.importorskip("transformers")
 from winnow._vlm_model import is_vlm, load_vlm
 from winnow.backbones.llava_scenes import STORED, llava_scenes
 from winnow.backbones.vit_scenes import vit_scenes
-from winnow.cli import main
 from winnow.tasks.answer import Prompts, answer
 
 
@@ -139,21 +137,6 @@ def test_amounts_for_those_that_have_none():
         at_budgets([PyramidDrop((1, 2, 3))], [36])
     with pytest.raises(ValueError, match="whole number"):
         at_budgets([VisionZip()], [2.5])
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out = capsys.readouterr()
-        return int(stop.value.code or 0), out.out, out.err
-
-    return call
 
 
 def test_the_command_compares_and_goes_on(run, tmp_path):

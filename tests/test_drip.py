@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from winnow import DRIP, Padded
 from winnow._reduce import seat_of
 from winnow.backbones.drip_seed001 import Predictor, Seed001, downsample
 from winnow.checks.case import ready
-from winnow.cli import main
 from winnow.measure import record
 from winnow.parts import loss as losses
 from winnow.parts.choose import evenly, most_likely, relaxed
@@ -594,28 +592,14 @@ def test_training_brings_the_boundary_ratio_to_the_rate(rate):
 # ---- the command
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
-
-
-def test_measure_with_even_boundaries_and_on_data(command):
+def test_measure_with_even_boundaries_and_on_data(run):
     words = ("measure", "timm:test_vit", "--batch", 2, "--pairs", 9, "--json")
     threshold = 'DRIP(rate=0.25, inference="threshold")'
-    code, out, _ = command(*words, "-m", threshold, "--boundaries", "even")
+    code, out, _ = run(*words, "-m", threshold, "--boundaries", "even")
     assert code == 0
     even = json.loads(out)[1]
     assert even["method"] == "DRIP(rate=0.25, inference='even')" and even["counts"][-1] == 25
-    code, out, _ = command(*words, "-m", threshold, "--boundaries", "data", "--data", "scenes", "--limit", 4)
+    code, out, _ = run(*words, "-m", threshold, "--boundaries", "data", "--data", "scenes", "--limit", 4)
     assert code == 0
     data = json.loads(out)[1]
     assert data["data"]["name"] == "scenes" and data["data"]["n"] == 4
@@ -625,7 +609,7 @@ def test_measure_with_even_boundaries_and_on_data(command):
         (("--boundaries", "data"), "belong together"),
         (("--boundaries", "odd"), "even or data"),
     ):
-        code, _, err = command(*words, *wrong)
+        code, _, err = run(*words, *wrong)
         assert code == 2 and message in err
 
 
@@ -660,13 +644,13 @@ def test_document_001s_column_is_counted_again(tmp_path):
 # ---- the page
 
 
-def test_the_page_is_made_of_the_runs_there_are(command, tmp_path):
-    code, _, err = command(
+def test_the_page_is_made_of_the_runs_there_are(run, tmp_path):
+    code, _, err = run(
         "train", "scenes_drip", "--set", "data.train.limit=64", "--set", "data.val.limit=12", "--set", "epochs=1",
         "--set", "batch=16", "--set", "log.every=1", "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
-    code, _, err = command("report", "drip", "--out", "docs", "--data", "scenes")
+    code, _, err = run("report", "drip", "--out", "docs", "--data", "scenes")
     assert code == 0, err
     page = (tmp_path / "docs" / "drip.md").read_text(encoding="utf-8")
     assert "| scenes_drip | 0.25 |" in page

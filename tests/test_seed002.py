@@ -6,7 +6,6 @@ import copy
 import functools
 import json
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from torch import nn
 import winnow
 from winnow import Below, NormThreshold, view
 from winnow.checks import check_method
-from winnow.cli import main
 from winnow.measure import count_macs, fvcore_macs, record
 from winnow.recipes import seed002
 from winnow.recipes.seed002 import ARMS, Toy, Wish, ask, build
@@ -250,19 +248,10 @@ def test_kept_tokens_at_seed_0():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """The command on a tiny experiment: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+def run(run, monkeypatch):
+    """The command on a tiny experiment."""
     monkeypatch.setattr(seed002, "Wish", functools.partial(Wish, **TINY))
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *words])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out = capsys.readouterr()
-        return int(stop.value.code or 0), out.out, out.err
-
-    return call
+    return run
 
 
 def test_report_seed002(run, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from vlms import FAMILIES, tiny
 import winnow
 from winnow import DivPrune, Exactly, FastV, Keep, Pool, Random, ToMe
 from winnow._vlm_model import ask, load_vlm
-from winnow.cli import main
 from winnow.measure import count_macs, count_vlm_macs, record, vlm_ceiling, vlm_macs
 from winnow.measure._vlm_families import towers_of
 from winnow.measure.vlm_time import vlm_inputs
@@ -50,21 +48,6 @@ def folders(tmp_path_factory):
         return made[family]
 
     return get
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["winnow", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out = capsys.readouterr()
-        return int(stop.value.code or 0), out.out, out.err
-
-    return call
 
 
 @pytest.mark.parametrize("family", FAMILIES)
