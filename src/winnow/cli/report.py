@@ -34,6 +34,7 @@ def command(
     epochs: Annotated[int | None, typer.Option(help="of an experiment; as its document says if not given")] = None,
     steps: Annotated[int | None, typer.Option(help="per epoch of an experiment; all if not given")] = None,
     data: Annotated[str | None, typer.Option(help="of an experiment; as its recipe says if not given")] = None,
+    batch: Annotated[int | None, typer.Option(help="timed batch of an experiment; 0 times nothing")] = None,
     as_json: Json = False,
 ) -> None:
     """Make report.html, report.md and accuracy-*.svg from rows; or run a document's experiment: winnow report seed002.
@@ -41,9 +42,9 @@ def command(
     A document and rows, as in `winnow report ctd results/train.jsonl`: its page from these rows, and nothing is run.
     """
     first, rest = str(results[0]), results[1:]
-    asked = {"--results": kept, "--epochs": epochs, "--steps": steps, "--data": data}
+    asked = {"--results": kept, "--epochs": epochs, "--steps": steps, "--data": data, "--batch": batch}
     if first in DOCUMENTS and not rest:
-        made = experiment(first, out, kept, epochs=epochs, steps=steps, data=data)
+        made = experiment(first, out, kept, epochs=epochs, steps=steps, data=data, batch=batch)
     elif any(value is not None for value in asked.values()):
         raise ValueError(f"{', '.join(asked)} belong to an experiment that is run: {', '.join(DOCUMENTS)}")
     elif first in DOCUMENTS:
@@ -82,8 +83,9 @@ def experiment(name: str, out: Path, results: Path | None, **wishes: int | str |
     recipe = _recipe(name)
     given = {option: value for option, value in wishes.items() if value is not None}
     for option, value in given.items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{option} {value}: at least 1 is needed")
+        least = int(option != "batch")
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{option} {value}: at least {least} is needed")
     try:
         wish = recipe.Wish(**given)
     except TypeError:

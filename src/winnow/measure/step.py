@@ -25,11 +25,12 @@ RUNS = 5
 
 
 def training_step(task: nn.Module, *inputs: Tensor) -> tuple[Run, torch.optim.Optimizer]:
-    """One AdamW step of the task's loss, at a rate of 0 so that nothing changes.
+    """One AdamW step of the task's loss, at a rate of 0 so that nothing changes; fused, as `winnow train` has it.
 
     Gradients and the optimiser's state are there before it is first timed.
     """
-    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    weights = [p for p in task.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0, fused=True)
 
     def step() -> None:
         with torch.enable_grad():

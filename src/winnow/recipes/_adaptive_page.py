@@ -20,6 +20,7 @@ from ..parts.amount import Keep
 from ..reducer import Method
 from ..view import files
 from ._adaptive_pictures import figure
+from ._adaptive_times import section
 
 Found = dict[str, dict[float, record.Row]]
 """By name, by budget."""
@@ -84,6 +85,7 @@ def written(
         head,
         _phases(ours, plain, budgets),
         _curves(ours, others, plain, main, budgets),
+        section(_named(ours, others, main), budgets, [_share(budget, plain) for budget in budgets]),
         _tests(ours, others, main),
     ]
     parts += [_ablations(ours, methods, arms["ablations"])]
@@ -149,13 +151,17 @@ def _phases(ours: Found, plain: record.Row, budgets: Sequence[float]) -> str:
 
 def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], budgets: Sequence[float]) -> str:
     """Part three: everything at equal budgets."""
-    shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
     text = ["## All methods at equal budgets\n", "Top-1 in %, and in brackets the GMACs up to the first token. "]
     text += ["FastV, PyramidDrop and SparseVLM drop inside the language model, whose first blocks read all tokens."]
     text += ["`Downsample()` makes the image smaller and leaves square numbers of tokens, of which one is here.\n"]
-    named = {f"`{name}`": rows for name, rows in others.items()}
-    text.append(_table(shown | named, plain, budgets))
-    return "\n".join([*text, "", "![Accuracy against multiply-adds](adaptive.png)", ""])
+    text.append(_table(_named(ours, others, main), plain, budgets))
+    return "\n".join([*text, "", "![Accuracy against multiply-adds and time](adaptive.png)", ""])
+
+
+def _named(ours: Found, others: Found, main: Sequence[str]) -> Found:
+    """As tables call them."""
+    shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
+    return shown | {f"`{name}`": rows for name, rows in others.items()}
 
 
 def _table(found: Found, plain: record.Row, budgets: Sequence[float]) -> str:

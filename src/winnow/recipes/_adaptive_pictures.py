@@ -29,26 +29,44 @@ SHOWN, CELL = (3, 11), 160
 
 
 def figure(found: Mapping[str, Mapping[float, record.Row]], plain: record.Row) -> Any:
-    """Accuracy against multiply-adds, one line per method: learned ones whole, others dashed."""
+    """Accuracy against multiply-adds, and against measured time where it is known; learned methods whole, others dashed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    chart = Figure(figsize=(9, 5), layout="constrained")
-    axes = chart.subplots()
+    timed = any(row.latency for rows in found.values() for row in rows.values())
+    chart = Figure(figsize=(14 if timed else 9, 5), layout="constrained")
+    panels = chart.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
     colours = [colormaps["tab10"](at / 10) for at in range(10)]
     learned, others = zip(colours, cycle("o")), zip(cycle(colours), (mark for mark in "svD^" for _ in colours))
     for name, rows in found.items():
         ordered = [*(rows[budget] for budget in sorted(rows)), plain]
-        x = [row.macs.per_image / 1e9 for row in ordered if row.macs]
-        y = [100 * row.accuracy.value for row in ordered if row.accuracy and row.accuracy.value is not None]
         ours = "(" not in name
         colour, mark = next(learned if ours else others)
-        axes.plot(x, y, color=colour, marker=mark, ms=4, lw=2 if ours else 1, ls="-" if ours else "--",
-                  label=f"AdaptiveKeep, {name}" if ours else name)  # fmt: skip
-    axes.set(xlabel="GMACs up to the first token", ylabel="right answers in %")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
+        for axes, cost in zip(panels, (_gmacs, _time)):
+            points = [(cost(row), 100 * (row.accuracy.value or 0)) for row in ordered if row.accuracy]
+            known = [point for point in points if point[0] is not None]
+            if len(known) == 1:  # the plain model alone
+                continue
+            axes.plot(*zip(*known), color=colour, marker=mark, ms=4, lw=2 if ours else 1, ls="-" if ours else "--",
+                      label=f"AdaptiveKeep, {name}" if ours else name)  # fmt: skip
+    panels[0].set(xlabel="GMACs up to the first token", ylabel="right answers in %")
+    if timed:
+        panels[1].set(xlabel="time to the first token, plain = 1")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in panels:
+        axes.grid(alpha=0.3)
     return chart
+
+
+def _gmacs(row: record.Row) -> float | None:
+    return row.macs.per_image / 1e9 if row.macs else None
+
+
+def _time(row: record.Row) -> float | None:
+    """As a share of the plain model's."""
+    if row.role == "plain":
+        return 1.0
+    return 1 / row.latency[0].ratio if row.latency else None
 
 
 @torch.inference_mode()

@@ -84,6 +84,8 @@ class Wish:
     """Of one controller's training; with the question, twice as many."""
     questions: int = 500
     """Of the test scenes, the first."""
+    batch: int = 50
+    """Questions of a timed batch; 0 times nothing. Times want a machine that does nothing else."""
     model: str = MODEL
 
 
@@ -135,13 +137,14 @@ def train(name: str, recipe: Recipe, out: Path, results: Path) -> Path:
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
     """Rows of every method and of every controller at every budget, made once."""
     comparison = _comparison(wish, results, say)
-    plain = comparison.weights
+    plain, timed = comparison.weights, comparison.sizes
     _measure(comparison, None)
     for arm, method in (MAIN | ABLATIONS).items():
         say(f"{arm}: training")
         weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
+        comparison.sizes = timed if arm in MAIN else ()
         _ask(comparison, weights, _at((method,), BUDGETS if arm in MAIN else SMALL))
-    comparison.reduce, comparison.weights = winnow.reduce, plain
+    comparison.reduce, comparison.weights, comparison.sizes = winnow.reduce, plain, timed
     for one in _at(TRIVIAL + TRAINING_FREE, BUDGETS):
         _measure(comparison, one)
     for arm, (whole, _) in TOGETHER.items():
@@ -170,15 +173,17 @@ def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
     data = record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash)
     return VlmComparison(
         model=model, name=wish.model, weights=state_hash(model.state_dict()), labels=prompts.answers, batches=prompts,
-        data=data, results=results, sizes=(), say=say,
+        data=data, results=results, sizes=(wish.batch,) if wish.batch else (), say=say,
     )  # fmt: skip
 
 
 def _measure(comparison: VlmComparison, method: Method | None) -> None:
-    """One row, unless this file or the one of `winnow compare` beside it has it."""
+    """One row, unless this file or the one of `winnow compare` beside it has it, with its time if that is asked."""
     mine = (comparison.name, comparison.weights, None if method is None else repr(method), comparison.data)
-    if all((row.model, row.weights, row.method, row.data) != mine for row in _rows(comparison.results)):
-        record.append(comparison.results, comparison.measure(method, timed=False)[0])
+    timed = method is not None and bool(comparison.sizes)
+    made = [row for row in _rows(comparison.results) if (row.model, row.weights, row.method, row.data) == mine]
+    if not any(row.latency or not timed for row in made):
+        record.append(comparison.results, comparison.measure(method, timed=timed)[0])
 
 
 def _at(methods: Sequence[Method], budgets: Sequence[float]) -> Iterator[Method]:

@@ -36,7 +36,7 @@ def optimizer_of(module: nn.Module, part: OptimPart) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if part.name == "sgd":
         return torch.optim.SGD(groups, lr=part.lr, momentum=part.betas[0], nesterov=part.betas[0] > 0)
-    return torch.optim.AdamW(groups, lr=part.lr, betas=part.betas)
+    return torch.optim.AdamW(groups, lr=part.lr, betas=part.betas, fused=True)
 
 
 def _apart(group: dict[str, Any], own: set[int], scale: float) -> Iterator[dict[str, Any]]:
