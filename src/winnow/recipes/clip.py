@@ -47,7 +47,9 @@ ARMS: dict[str, Method | None] = {
 }
 """By 36 patches and 4 blocks: DRIP at 4x executes 36, 12, 12, 12 in training, 18 in the mean, as PatchDropout does; in
 evaluation 63 over the blocks, Downsample 64."""
-TOWERS = PHOTOGRAPHS = ("plain", "drip_2x", "drip_4x", "drip_10x")
+TOWERS = ("plain", "drip_2x", "drip_4x", "drip_10x")
+PHOTOGRAPHS = {arm: ARMS[arm] for arm in (*TOWERS, "patch_dropout")} | {"downsample": Downsample(size=20)}
+"""By 64 patches: Downsample leaves 100 over the blocks, DRIP at 4x 112."""
 BATCH, SHOWN = 50, 4
 """Images at a time; scenes whose segments are kept for the picture."""
 
@@ -73,6 +75,11 @@ class Run:
     sets: tuple[str, ...] = ()
 
     @property
+    def method(self) -> Method | None:
+        """What its arm is on this recipe's images."""
+        return (PHOTOGRAPHS if self.recipe == CIFAR else ARMS)[self.arm]
+
+    @property
     def name(self) -> str:
         """Of its folder."""
         last = [text.partition("=")[2] for text in self.sets if text.startswith("freeze=")]
@@ -80,8 +87,7 @@ class Run:
 
     def made(self, wish: Wish) -> Recipe:
         """The recipe with this method and seed, at the wished sizes."""
-        method = ARMS[self.arm]
-        sets = [f"method={'null' if method is None else method}", f"seed={self.seed}", *self.sets]
+        sets = [f"method={'null' if self.method is None else self.method}", f"seed={self.seed}", *self.sets]
         if self.recipe == CIFAR and wish.data is not None:
             sets += [f"{key}.path={wish.data}" for key in ("data.train", "data.val", "contrast.zeroshot")]
         recipe = load_recipe(self.recipe, sets)
@@ -125,16 +131,16 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
     for one in sorted(there, key=lambda one: not there[one]):
         recipe, out = one.made(wish), folder(results, one)
         if not there[one]:
-            say(f"{one.name}: {ARMS[one.arm] or 'plain'}")
+            say(f"{one.name}: {one.method or 'plain'}")
             train(recipe, out, name=one.recipe, resume=(out / "checkpoints").is_dir(), results=results)
-        if one.recipe == SCENES and isinstance(ARMS[one.arm], DRIP) and not _judged(results, one):
+        if one.recipe == SCENES and isinstance(one.method, DRIP) and not _judged(results, one):
             record.append(results, boundaries(recipe, out / "last.safetensors"))
     return _rows(results)
 
 
 def _judged(results: Path, one: Run) -> bool:
-    method = repr(ARMS[one.arm])
-    return any(row.task == "boundaries" and (row.method, row.seed) == (method, one.seed) for row in _rows(results))
+    mine = repr(one.method), one.seed
+    return any(row.task == "boundaries" and (row.method, row.seed) == mine for row in _rows(results))
 
 
 @torch.inference_mode()
