@@ -73,7 +73,7 @@ def test_exact_inference_takes_the_most_likely_and_the_last(rate, predictor):
     out = reducer(tokens, Signals(), 2)
     k = math.ceil(rate * N)
     assert out.n == k == reducer.count(N, 2) and out.ledger.valid is None
-    logit = reducer.predictors[0](tokens.x)
+    logit = reducer.predictors[0](tokens.x).detach()
     for image in range(B):
         best = sorted(range(N - 1), key=lambda i: -float(logit[image, i]))[: k - 1]
         ends = [i in best or i == N - 1 for i in range(N)]
@@ -86,7 +86,7 @@ def test_threshold_and_even_boundaries():
     tokens = fresh()
     reducer = bare(DRIP(inference="threshold", rate=0.5))
     out = reducer(tokens, Signals(), 2)
-    logit = reducer.predictors[0](tokens.x)
+    logit = reducer.predictors[0](tokens.x).detach()
     for image in range(B):
         ends = [bool(logit[image, i] > 0) or i == N - 1 for i in range(N)]
         expected = naive(tokens.x[image], ends)
@@ -109,7 +109,7 @@ def test_training_draws_and_gives_up_the_least_likely():
     with torch.no_grad():
         reducer.predictors[0].out.bias.fill_(1.0)  # far more than fit
     out = reducer(tokens, Signals(noise=noise), 2)
-    logit = reducer.predictors[0](tokens.x)
+    logit = reducer.predictors[0](tokens.x).detach()
     room = math.ceil(0.1 * 1.25 * N)
     assert out.n == room == method.room(N, 2)
     given_up = 0
@@ -422,7 +422,7 @@ def test_refusals():
         ({"rate": True}, "a number above 0"),
         ({"rate": (0.5, 0.5)}, "2 rates for 1 places"),
         ({"capacity": 0.9}, "a number from 1"),
-        ({"predictor": "gru"}, "predictor is one of mlp, hnet, entropy, spikes"),
+        ({"predictor": "gru"}, "predictor is one of 'mlp', 'hnet', 'entropy', 'spikes'"),
         ({"predictor": "spikes", "inference": "sample"}, "spikes have no probabilities"),
         ({"after": -1}, "distinct, ascending and not negative"),
     ):

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,26 +111,43 @@ class Setting:
 
 
 class Spelled:
-    """A frozen dataclass that prints as it is typed, without its defaults."""
+    """A frozen dataclass that prints as it is typed, without its defaults; numbers of numpy and torch become Python's."""
+
+    def __init_subclass__(cls, **words: Any) -> None:
+        super().__init_subclass__(**words)
+        if (own := cls.__dict__.get("__post_init__")) is not None:
+
+            @wraps(own)
+            def checked(self: Any) -> None:
+                Spelled.__post_init__(self)  # before the method looks at them, so that none need know other kinds
+                own(self)
+
+            cls.__post_init__ = checked  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
 
     def __repr__(self) -> str:
         parts = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING:
-                parts.append(_spelt(value))
+                parts.append(repr(value))
             elif value != field.default:
-                parts.append(f"{field.name}={_spelt(value)}")
+                parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _spelt(value: object) -> str:
-    """A value as it is typed; numpy's numbers would print their type."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_spelt, value))}{',' * (len(value) == 1)})"
+def _plain(value: Any) -> Any:
+    """The same as Python's own number, or tuple of such; whatever else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, Real) and not isinstance(value, bool):
-        return repr(int(value) if isinstance(value, Integral) else float(value))
-    return repr(value)
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 class Method(Spelled, ABC):

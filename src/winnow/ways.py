@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .parts.combine import take
+from .parts.settings import check_number
 from .reducer import Facts, Spelled
 from .tokens import Tokens
 
@@ -22,8 +23,7 @@ class Padded(Spelled):
     multiple: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
-            raise ValueError(f"Padded({self.multiple!r}): a whole number >= 1 is needed")
+        check_number("Padded", "", self.multiple, 1, whole=True)
 
 
 Way = str | Padded

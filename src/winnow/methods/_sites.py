@@ -25,8 +25,6 @@ class AtLayers(Method):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         object.__setattr__(self, "layers", check_layers(owner, "layers", self.layers))
-        if isinstance(self.keep, list):
-            object.__setattr__(self, "keep", tuple(self.keep))
         check_amounts(owner, "keep", self.keep, Amount.__args__, self.sites())  # type: ignore[attr-defined]
 
     def sites(self, depth: int = 0) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from ..parts.combine import drop
 from ..parts.gradient import ChannelGradients
 from ..parts.schedule import SHAPES, bend, between, plateau, way
 from ..parts.score import attention, norm, surprise
+from ..parts.settings import check_choice, check_number
 from ..reducer import Facts, Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 from .evit import attention_macs
@@ -31,7 +32,12 @@ NEEDS: dict[str, frozenset[str]] = {
     "gradient_snr": frozenset(),
 }
 GATHERED = ("gradient", "fisher", "gradient_snr")
-LEARNABLE = ("heads", "positions", "both")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "saliency": tuple(NEEDS),
+    "per": ("block", "model"),
+    "schedule": SHAPES,
+    "learn": (None, "heads", "positions", "both"),
+}
 NEGLIGIBLE = 1e-6
 """Shares up to this drop nothing, as in the document's code."""
 
@@ -86,15 +92,20 @@ class CurriculumDrop(Method):
         return cls(final=0.5, blocks="all", epochs=epochs)
 
     def __post_init__(self) -> None:
-        for name in ("start", "final", "blocks"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.blocks is not None and self.blocks != "all":
             object.__setattr__(self, "blocks", check_layers("CurriculumDrop", "blocks", self.blocks))
         for name in ("start", "final"):
             self._check_shares(name, getattr(self, name))
-        _check_choices(self)
-        _check_numbers(self)
+        for name, known in CHOICES.items():
+            check_choice("CurriculumDrop", name, getattr(self, name), known)
+        check_number("CurriculumDrop", "gamma", self.gamma, above=True)
+        check_number("CurriculumDrop", "plateaus", self.plateaus, 2, whole=True)
+        if self.epochs is not None:
+            check_number("CurriculumDrop", "epochs", self.epochs, 1, whole=True)
+        for name in ("from_", "to"):
+            check_number("CurriculumDrop", name, getattr(self, name), 0, 1)
+        if self.from_ > self.to:
+            raise ValueError(f"CurriculumDrop(from_={self.from_!r}, to={self.to!r}): from_ <= to is needed")
         if self.schedule != "polynomial" and self.gamma != type(self).gamma:
             raise ValueError(f'CurriculumDrop(schedule={self.schedule!r}): gamma belongs to schedule="polynomial"')
         if self.learn in ("heads", "both") and "cls_attention" not in NEEDS[self.saliency]:
@@ -104,9 +115,8 @@ class CurriculumDrop(Method):
             )
 
     def _check_shares(self, name: str, value: object) -> None:
-        several = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(d, bool) or not isinstance(d, int | float) or not 0 <= d < 1 for d in several):
-            raise ValueError(f"CurriculumDrop({name}={value!r}): shares dropped, from 0 to below 1, are needed")
+        for share in value if isinstance(value, tuple) else (value,):
+            check_number("CurriculumDrop", name, share, 0, 1, below=True)
         if isinstance(value, tuple) and (not isinstance(self.blocks, tuple) or len(value) != len(self.blocks)):
             raise ValueError(f"CurriculumDrop({name}={value!r}): several shares need as many blocks=, one share each")
         if isinstance(value, tuple) and self.per == "model":
@@ -294,32 +304,3 @@ class CurriculumDropReducer(Reducer):
         if kind in ("norm", "random"):
             return 0.0
         return attention_macs("received" if kind == "received" else "cls", n, setting)
-
-
-def _check_choices(method: CurriculumDrop) -> None:
-    """ValueError where a word is none of those that may be given."""
-    choices = {"saliency": tuple(NEEDS), "per": ("block", "model"), "schedule": SHAPES, "learn": (None, *LEARNABLE)}
-    for name, allowed in choices.items():
-        if getattr(method, name) not in allowed:
-            known = ", ".join(repr(one) for one in allowed)
-            raise ValueError(f"CurriculumDrop({name}={getattr(method, name)!r}): one of {known} is needed")
-
-
-def _check_numbers(method: CurriculumDrop) -> None:
-    """ValueError where a number is outside its range."""
-
-    def number(value: object, low: float, whole: bool = False) -> bool:
-        good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        return good and value >= low  # type: ignore[operator]
-
-    from_, to, gamma, epochs, plateaus = method.from_, method.to, method.gamma, method.epochs, method.plateaus
-    if not (number(from_, 0) and number(to, 0) and from_ <= to <= 1):
-        raise ValueError(
-            f"CurriculumDrop(from_={from_!r}, to={to!r}): shares of training are needed, 0 <= from_ <= to <= 1"
-        )
-    if not (number(gamma, 0) and gamma > 0):
-        raise ValueError(f"CurriculumDrop(gamma={gamma!r}): a number above 0 is needed")
-    if epochs is not None and not number(epochs, 1, whole=True):
-        raise ValueError(f"CurriculumDrop(epochs={epochs!r}): the whole number of epochs is needed, or None")
-    if not number(plateaus, 2, whole=True):
-        raise ValueError(f"CurriculumDrop(plateaus={plateaus!r}): a whole number >= 2 is needed")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..parts.settings import check_number
 from ..reducer import Facts, Method, Reducer, Setting
 from ..tokens import Ledger
 
@@ -22,8 +23,7 @@ class Downsample(Method):
     size: int = 160
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"Downsample(size={self.size!r}): a whole number of pixels is needed")
+        check_number("Downsample", "size", self.size, 1, whole=True)
 
     @property
     def facts(self) -> Facts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from ..parts.amount import check_layers
 from ..parts.choose import evenly, most_likely, relaxed
 from ..parts.combine import segments
 from ..parts.score import entropy, per_token, spikes
+from ..parts.settings import check_choice, check_number
 from ..reducer import Facts, Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 from ..ways import compact
@@ -62,20 +62,18 @@ class DRIP(Method):
     """Class methods that are spelled like methods: `DRIP.seed001()`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rate", tuple(self.rate) if isinstance(self.rate, list) else self.rate)
         sites = check_layers("DRIP", "after", self.after)
         object.__setattr__(self, "after", self.after if isinstance(self.after, int) else sites)
         if isinstance(self.rate, tuple) and len(self.rate) != len(sites):
             raise ValueError(f"DRIP: {len(self.rate)} rates for {len(sites)} places {sites}; give one per place")
         for rate in self.rate if isinstance(self.rate, tuple) else (self.rate,):
-            _between("rate", rate, 0, 1)
-        _between("capacity", self.capacity, 1, math.inf, least=True)
-        _between("weight", self.weight, 0, math.inf, least=True)
-        _between("temperature", self.temperature, 0, math.inf)
-        _between("slack", self.slack, 0, 1, least=True)
+            check_number("DRIP", "rate", rate, 0, 1, above=True, below=True)
+        check_number("DRIP", "capacity", self.capacity, 1)
+        check_number("DRIP", "weight", self.weight)
+        check_number("DRIP", "temperature", self.temperature, above=True)
+        check_number("DRIP", "slack", self.slack, 0, 1, below=True)
         for field, known in CHOICES.items():
-            if getattr(self, field) not in known:
-                raise ValueError(f"DRIP({field}={getattr(self, field)!r}): {field} is one of {', '.join(known)}")
+            check_choice("DRIP", field, getattr(self, field), known)
         if self.predictor == "spikes" and self.inference == "sample":
             raise ValueError('DRIP: spikes have no probabilities to draw by; use inference="exact" or "threshold"')
 
@@ -292,10 +290,3 @@ def _as_came(score: Tensor, came: Tokens) -> Tensor:
     """Scores of compacted tokens, back where the tokens came in."""
     valid = came.ledger.valid
     return score if valid is None else score.gather(1, (valid.cumsum(1) - 1).clamp_min(0))
-
-
-def _between(name: str, value: object, low: float, high: float, least: bool = False) -> None:
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    if not good or not low <= float(value) < high or (float(value) == low and not least):  # type: ignore[arg-type]
-        bounds = f"{'from' if least else 'above'} {low:g}" + (f" to below {high:g}" if math.isfinite(high) else "")
-        raise ValueError(f"DRIP({name}={value!r}): a number {bounds} is needed")

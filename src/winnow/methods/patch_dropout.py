@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..parts.choose import top
 from ..parts.combine import drop
+from ..parts.settings import check_number
 from ..reducer import Facts, Method, Reducer, Signals
 from ..tokens import Tokens
 
@@ -20,8 +21,7 @@ class PatchDropout(Method):
     rate: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 <= self.rate < 1:
-            raise ValueError(f"PatchDropout(rate={self.rate!r}): a number from 0 to below 1 is needed")
+        check_number("PatchDropout", "rate", self.rate, 0, 1, below=True)
 
     @property
     def facts(self) -> Facts:

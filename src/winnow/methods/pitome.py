@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..parts.amount import Keep
 from ..parts.combine import merge
+from ..parts.settings import check_number
 from ..reducer import Facts, Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 
@@ -30,8 +31,7 @@ class PiToMe(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Keep):
             raise TypeError(f"PiToMe(keep={self.keep!r}): Keep is needed, e.g. keep=Keep(0.925)")
-        if isinstance(self.margin, bool) or not isinstance(self.margin, int | float) or not -1 <= self.margin <= 1:
-            raise ValueError(f"PiToMe(margin={self.margin!r}): a number from -1 to 1 is needed")
+        check_number("PiToMe", "margin", self.margin, -1, 1)
 
     @property
     def facts(self) -> Facts:

@@ -22,7 +22,7 @@ class PyramidDrop(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_layers("PyramidDrop", "layers", self.layers))
-        object.__setattr__(self, "keep", tuple(self.keep) if isinstance(self.keep, list | tuple) else (self.keep,))
+        object.__setattr__(self, "keep", self.keep if isinstance(self.keep, tuple) else (self.keep,))
         if self.layers[0] < 1:
             raise ValueError('PyramidDrop(layers=...): from block 1 on; in front of block 0 use Random(at="tower")')
         if len(self.keep) != len(self.layers):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..parts.combine import merge, places
+from ..parts.settings import check_number
 from ..reducer import Facts, Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 
@@ -27,13 +28,10 @@ class ToMe(Method):
     """Log-size on the attention logits; right off the shelf, off for MAE models (paper, section 4.1)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
         several = self.r if isinstance(self.r, tuple) else (self.r,)
         if not several or any(isinstance(r, bool) or not isinstance(r, int) or r < 0 for r in several):
             raise ValueError(f"ToMe(r={self.r!r}): r is a whole number >= 0, or a tuple of them, one per block")
-        if isinstance(self.inflect, bool) or not isinstance(self.inflect, int | float) or not -1 <= self.inflect <= 1:
-            raise ValueError(f"ToMe(inflect={self.inflect!r}): a number from -1 to 1 is needed")
+        check_number("ToMe", "inflect", self.inflect, -1, 1)
         if self.inflect and isinstance(self.r, tuple):
             raise ValueError("ToMe: inflect bends a scalar r; give either a tuple r or inflect")
 

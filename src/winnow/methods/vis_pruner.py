@@ -13,6 +13,7 @@ from ..parts.amount import Amount, Keep
 from ..parts.combine import drop
 from ..parts.diverse import distinct, likeness
 from ..parts.score import attention, attention_facts, check_attention
+from ..parts.settings import check_number
 from ..reducer import Facts, Reducer, Setting, Signals
 from ..tokens import Tokens
 from ._at_tower import NINTH, AtTower
@@ -53,9 +54,7 @@ class VisPruner(AtTower):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.important, int | float) and not isinstance(self.important, bool)
-        if not number or not 0 <= self.important <= 1:
-            raise ValueError(f"VisPruner(important={self.important!r}): a share from 0 to 1 is needed")
+        check_number("VisPruner", "important", self.important, 0, 1)
         check_attention("VisPruner", self.attention)
 
     @property

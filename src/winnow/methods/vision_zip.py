@@ -15,6 +15,7 @@ from ..parts.amount import Amount, Keep
 from ..parts.choose import top
 from ..parts.combine import places, total
 from ..parts.score import ATTENTION, attention, check_attention
+from ..parts.settings import check_number
 from ..reducer import Facts, Reducer, Setting, Signals
 from ..tokens import Tokens
 from ._at_tower import NINTH, AtTower
@@ -96,9 +97,8 @@ class VisionZip(AtTower):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.contextual, int) and not isinstance(self.contextual, bool)
-        if self.contextual is not None and (not number or self.contextual < 1):
-            raise ValueError(f"VisionZip(contextual={self.contextual!r}): a whole number from 1 on, or None")
+        if self.contextual is not None:
+            check_number("VisionZip", "contextual", self.contextual, 1, whole=True)
         check_attention("VisionZip", self.attention)
 
     @property

@@ -8,17 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 from ..reducer import Spelled
-
-
-def _number(owner: str, value: object, low: float, high: float, whole: bool = False) -> None:
-    kind = "a whole number" if whole else "a number"
-    good = isinstance(value, int if whole else Real) and not isinstance(value, bool)
-    if not good or not low <= float(value) <= high:  # type: ignore[arg-type]
-        bounds = f"from {low:g}" + (f" to {high:g}" if math.isfinite(high) else "")
-        raise ValueError(f"{owner}({value!r}): {kind} {bounds} is needed")
+from .settings import check_number
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,7 +21,7 @@ class Keep(Spelled):
     of: str = "site"
 
     def __post_init__(self) -> None:
-        _number("Keep", self.share, 1e-9, 1)
+        check_number("Keep", "", self.share, 1e-9, 1)
         if self.of not in ("site", "input"):
             raise ValueError(f'Keep(of={self.of!r}): of must be "site" or "input"')
 
@@ -49,7 +41,7 @@ class Remove(Spelled):
     tokens: int
 
     def __post_init__(self) -> None:
-        _number("Remove", self.tokens, 0, math.inf, whole=True)
+        check_number("Remove", "", self.tokens, whole=True)
 
     def count(self, n: int, patches: int | None = None) -> int:
         """Tokens left of n, between 1 and n."""
@@ -68,7 +60,7 @@ class Exactly(Spelled):
     tokens: int
 
     def __post_init__(self) -> None:
-        _number("Exactly", self.tokens, 1, math.inf, whole=True)
+        check_number("Exactly", "", self.tokens, 1, whole=True)
 
     def count(self, n: int, patches: int | None = None) -> int:
         """Tokens left of n."""
@@ -90,7 +82,7 @@ class Below(Spelled):
     def __post_init__(self) -> None:
         if self.of not in ("value", "mean", "quantile"):
             raise ValueError(f'Below(of={self.of!r}): of must be "value", "mean" or "quantile"')
-        _number("Below", self.limit, 0, 1 if self.of == "quantile" else math.inf)
+        check_number("Below", "", self.limit, 0, 1 if self.of == "quantile" else math.inf)
 
 
 Amount = Keep | Remove | Exactly
