@@ -20,7 +20,7 @@ from . import eval as eval_
 # typer may carry its own copy of click, so the base of its errors is looked up rather than imported
 Usage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Vision transformers that read fewer tokens, and say honestly what that costs and saves.",
 )  # fmt: skip
 for verb in (list_, show, doctor, measure, compare, report, generate, train, lr_find):
@@ -40,7 +40,10 @@ def _group() -> None:
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2 (WINNOW_TRACEBACK=1 shows where it came from)."""
     try:
-        code = app(args=_together(sys.argv[1:]), standalone_mode=False)
+        words = _together(sys.argv[1:])
+        if words in ([], [eval_.NAME], [data_.NAME]):  # typer has an error say the help, or not, as its version goes
+            words.append("--help")
+        code = app(args=words, standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into a code
             raise KeyboardInterrupt
     except Usage as error:

@@ -139,7 +139,14 @@ def profile(asked: Asked) -> None:
         return
     for name, one in found:
         Console().print(_profile(name, plain, one))
-        print(f"bottleneck of the plain model: {plain.bottleneck}\nbottleneck of {name}: {one.bottleneck}\n")
+        print(f"the plain model spends {_most(plain)}\n{name} spends {_most(one)}\n")
+
+
+def _most(found: Profile) -> str:
+    """The bottleneck in words, with shares, as the profiler slows a run."""
+    layer, operator = found.bottleneck
+    shares = [cost.ms / found.total.ms for cost in (found.layers[layer], found.operators[operator])]
+    return f"most time in {layer} ({shares[0]:.0%}) and, of the operators, in {operator} ({shares[1]:.0%})"
 
 
 def _profile(name: str, plain: Profile, reduced: Profile) -> Table:

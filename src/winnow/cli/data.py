@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 
 from . import _options as o
+from ._progress import Progress
 
 NAME = "data"
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it.")
+app = typer.Typer(rich_markup_mode=None, help="Look at data before training on it.")
 
 
 @app.callback()
@@ -62,7 +63,10 @@ def count(
     found = open_pairs(shards, split=split)
     listed = len(found) + len(found.failures)
     if not headers:
-        found = found.sound()
+        with Progress() as progress:
+            progress.total = len(found)
+            progress.say(f"{shards}: images")
+            found = found.sound(progress.images)
     if as_json:
         print(json.dumps({"samples": len(found), "failed": len(found.failures), "failures": list(found.failures)}))
         return
@@ -89,7 +93,11 @@ def captions2llava(
     """Turn images with captions into conversations for LLaVA's first stage: a question from the seed, and the caption."""
     from ..data.captions import to_llava
 
-    written, failed = to_llava(captions, out, split=split, limit=limit, column=column, seed=seed)
+    with Progress() as progress:
+        progress.say(f"{captions}: images")
+        written, failed = to_llava(
+            captions, out, split=split, limit=limit, column=column, seed=seed, done=progress.images
+        )
     if as_json:
         print(json.dumps({"written": written, "failures": failed, "file": str(out)}))
         return

@@ -19,7 +19,7 @@ from . import _options as o
 from . import _zeroshot
 
 NAME = "eval"
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Score answers to a benchmark, or a CLIP.")
+app = typer.Typer(rich_markup_mode=None, help="Score answers to a benchmark, or a CLIP.")
 
 app.command("zeroshot")(_zeroshot.zeroshot)
 app.command("retrieval")(_zeroshot.retrieve)
