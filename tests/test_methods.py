@@ -461,6 +461,8 @@ def test_downsample_refuses():
             Downsample(bad)
     with pytest.raises(ValueError, match=r"multiple of the patch size 8, e\.g\. 16 or 24"):
         winnow.reduce(small_vit(), Downsample(20))
+    with pytest.raises(ValueError, match="this batch is empty"):
+        winnow.reduce(small_vit(), Downsample(16))(torch.zeros(0, 3, 32, 32))
     with pytest.raises(ValueError, match="own input is 32 pixels"):
         winnow.reduce(small_vit(), Downsample(40))
 
@@ -706,7 +708,9 @@ def test_spellings_round_trip(method):
     assert spaced == method
 
 
-@pytest.mark.parametrize(("whole", "real"), [(np.int64, np.float32), (np.array, np.array), (torch.tensor, torch.tensor)])
+@pytest.mark.parametrize(
+    ("whole", "real"), [(np.int64, np.float32), (np.array, np.array), (torch.tensor, torch.tensor)]
+)
 def test_other_libraries_numbers_are_pythons(whole, real):
     """In lists, too, which become tuples: settings are hashed and spelled."""
     half, eight, one = real(0.5), whole(8), whole(1)
