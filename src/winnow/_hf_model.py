@@ -26,23 +26,12 @@ def load(spec: str, name: str, wish: Wish) -> LoadedModel:
 
     ValueError or FileNotFoundError, one line, where anything is missing or does not fit.
     """
-    from ._vlm_model import SHIPPED
-
     try:
         import transformers
     except ImportError:
         raise ValueError(f'{spec} needs transformers: pip install "winnow-vision[hf]"') from None
-    if name in SHIPPED:
-        raise ValueError(
-            f"{spec} is a vision-language model: winnow generate and compare take it, and measure with --text"
-        )
-    if wish.size is not None or wish.crop_pct is not None:
-        raise ValueError(f"{spec}: its own image processor resizes and crops; leave size and crop_pct out")
-    if wish.options or wish.new_head:
-        raise ValueError(f"{spec}: options and new_head are for timm models; leave them out")
     folder = Path(name).expanduser()
-    if not folder.is_dir() and name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{spec}: no such folder {folder}")
+    _refuse(spec, name, folder, wish)
     where = str(folder) if folder.is_dir() else name
     with quiet(), no_bars(transformers), reachable_hub():
         config = one_line(
@@ -71,6 +60,22 @@ def load(spec: str, name: str, wish: Wish) -> LoadedModel:
         num_classes=config.num_labels if _classifies(config) else None,
         weights_hash=hashed,
     )
+
+
+def _refuse(spec: str, name: str, folder: Path, wish: Wish) -> None:
+    """What can be told before anything is read."""
+    from ._vlm_model import SHIPPED
+
+    if name in SHIPPED:
+        raise ValueError(
+            f"{spec} is a vision-language model: winnow generate and compare take it, and measure with --text"
+        )
+    if wish.size is not None or wish.crop_pct is not None:
+        raise ValueError(f"{spec}: its own image processor resizes and crops; leave size and crop_pct out")
+    if wish.options or wish.new_head:
+        raise ValueError(f"{spec}: options and new_head are for timm models; leave them out")
+    if not folder.is_dir() and name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"{spec}: no such folder {folder}")
 
 
 def _classifies(config: Any) -> bool:

@@ -87,27 +87,31 @@ def load_llava(
     parts_of(model)
     if size is not None:
         resized(processor, model, size)
-    tokenizer = processor.tokenizer
-    if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise ValueError(
-            f"{spec}: its tokenizer must be a fast one with an end token, to tell which tokens are the answer's"
-        )
+    pixels = _tried(processor, spec)
     if weights is not None:
         fit(model, without_reducer(model, read_weights(weights)), weights, spec)
     if file is not None:
         read_projector(model, file)
     hashed = file_hash(weights) if weights is not None else state_hash(model.state_dict())
-    made = processor.image_processor(
-        images=[Image.new("RGB", size) for size in ((64, 48), (48, 64))], return_tensors="pt"
-    )
-    pixels = made["pixel_values"]
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=torch.zeros_like(pixels[:1])).pooler_output[0]  # type: ignore[operator]
+    return Llava(model, processor, spec, hashed, len(features), tuple(pixels.shape[-2:]), trained)  # type: ignore[arg-type]
+
+
+def _tried(processor: Any, spec: str) -> Tensor:
+    """[2, 3, H, W] of two images of different shapes; ValueError where processor or tokenizer does not do."""
+    tokenizer = processor.tokenizer
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise ValueError(
+            f"{spec}: its tokenizer must be a fast one with an end token, to tell which tokens are the answer's"
+        )
+    images = [Image.new("RGB", size) for size in ((64, 48), (48, 64))]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     if not isinstance(pixels, Tensor) or pixels.ndim != 4:
         raise ValueError(
             f"{spec}: its image processor cuts images up or leaves their shape; task: instruct takes one size"
         )
-    with torch.no_grad():
-        features = model.get_image_features(pixel_values=torch.zeros_like(pixels[:1])).pooler_output[0]  # type: ignore[operator]
-    return Llava(model, processor, spec, hashed, len(features), tuple(pixels.shape[-2:]), trained)  # type: ignore[arg-type]
+    return pixels
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Module]]:
