@@ -42,7 +42,7 @@ def test_stage_one_moves_the_projector_and_stage_two_the_language_model_too(fold
     assert changed(tmp_path / "one" / "last", tmp_path / "two" / "last") == {"projector", "llm"}
     (epoch,) = lines(tmp_path / "two", "epoch")
     assert {"loss", "top1", "token_top1"} <= set(epoch["val"]) and "text_loss" not in epoch["val"]
-    assert {"loss", "grad_norm", "lr", "lm_loss", "top1"} <= set(lines(tmp_path / "two")[0])
+    assert {"loss", "grad_norm", "learning_rate", "lm_loss", "top1"} <= set(lines(tmp_path / "two")[0])
 
 
 def test_the_loss_is_transformers_own_and_reduced_labels_follow(recipe_file):

@@ -197,6 +197,15 @@ def test_a_run_leaves_lines_weights_curves_and_a_row(whole):
     (kept,) = record.read(folder / "rows.jsonl")
     assert kept == row and kept.train is not None and kept.train.steps == 6 and kept.data.n == 10
     assert kept.train.loss == pytest.approx(sum(line["loss"] for line in steps(out)) / 6)
+    norms = [line["grad_norm"] for line in steps(out)]
+    wanted = {
+        "train_loss": kept.train.loss,
+        "grad_norm": pytest.approx(sum(norms) / 6),
+        "learning_rate": epoch["learning_rate"],
+    }
+    assert lines[-1].items() >= wanted.items() and epoch["learning_rate"] == steps(out)[-1]["learning_rate"]
+    rates = "train_runtime", "train_samples_per_second", "train_steps_per_second"
+    assert all(lines[-1][name] > 0 for name in rates), "document 000's fields"
     assert kept.train.last == kept.accuracy.value == epoch["val"]["top1"] and kept.train.settings["optim.ema"] == 0.9
 
 

@@ -149,6 +149,10 @@ class Training(_Part):
     steps_per_s: float
     loss: float
     """Mean over all steps."""
+    grad_norm: float | None = None
+    """Before clipping, mean over all steps."""
+    learning_rate: float | None = None
+    """Of the last step."""
     best: float | None = None
     """Highest validation top-1 of any epoch, and which epoch."""
     best_epoch: int | None = None

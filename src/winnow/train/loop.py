@@ -29,7 +29,7 @@ from .progress import Line, Log, Meter, epoch_sentence, read_log, sentence, summ
 from .recipe import Recipe, check_same
 from .step import Outcome, Stepper, accelerator_of, place_of
 from .stop import Stopped, Wish, signals
-from .summary import memory_mib, row_of
+from .summary import line_of, memory_mib, row_of
 from .task import Scores, Task, task_of
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -160,7 +160,7 @@ class Loop:
         self.tokens.add({str(layer): n for layer, n in enumerate(outcome.tokens)})
         step = outcome.step + 1
         line = {"event": "step", "step": step, "epoch": (step - 1) // self.per_epoch + 1,
-                "samples": step * self.recipe.batch, "lr": outcome.lr, **values}  # fmt: skip
+                "samples": step * self.recipe.batch, "learning_rate": outcome.lr, **values}  # fmt: skip
         means = self.meter.means()
         self.log.done(step, f"epoch {line['epoch']}/{self.recipe.epochs}  loss {means['loss']:.3f}")
         if step % self.recipe.log.every == 0 or step % self.per_epoch == 0:
@@ -172,7 +172,7 @@ class Loop:
         """Evaluate, write the epoch's line, keep the best weights."""
         train, steps = self.meter.means(), self.meter.steps
         line: Line = {"event": "epoch", "epoch": epoch + 1, "step": self.step, "samples": self.step * self.recipe.batch,
-                      "lr": self.stepper.rate(self.step - 1), "train": train, "seconds": self.seconds,
+                      "learning_rate": self.stepper.rate(self.step - 1), "train": train, "seconds": self.seconds,
                       "step_s": self.seconds / steps, "samples_per_s": steps * self.recipe.batch / self.seconds,
                       "memory_mib": memory_mib(self.place.device)}  # fmt: skip
         if self.tokens.sums:
@@ -200,7 +200,7 @@ class Loop:
         if self.place.rank == 0:
             for suffix in files.SUFFIXES:
                 save_training({name: self.history}, self.out / f"curves{suffix}")
-        self._note({"event": "summary", "step": self.step, **row.train.model_dump(exclude={"settings"})}, sync=True)
+        self._note({"event": "summary", "step": self.step, **line_of(row.train)}, sync=True)
         self.log.say(summary_sentence(row.train))
         return row
 

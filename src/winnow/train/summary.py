@@ -5,6 +5,7 @@ Winnow's own; the summary fields are those of Hugging Face's Trainer.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,11 @@ OWN = {"loss", "task_loss", "top1", "grad_norm"}
 """What every run averages; the rest are the method's figures."""
 SCORES = {"loss", "top1", "top5", "f1"}
 """Validation scores with a field of their own."""
+THEIRS = {
+    "train_loss": "loss", "train_runtime": "runtime_s", "train_samples_per_second": "samples_per_s",
+    "train_steps_per_second": "steps_per_s",
+}  # fmt: skip
+"""What document 000's log calls them, as Hugging Face's Trainer does."""
 
 
 def row_of(loop: Loop, name: str, weights: str) -> record.Row:
@@ -49,12 +55,15 @@ def training_of(loop: Loop, name: str) -> record.Training:
     tops = [(line["val"]["top1"], -line["epoch"]) for line in epochs if "top1" in line.get("val", {})]
     best, where = max(tops) if tops else (None, 0)
     given = flat(recipe.model_dump(mode="json", exclude_defaults=True))
+    norm = _mean([line["train"]["grad_norm"] for line in epochs])  # fp16's first steps may overflow
     tokens = [line["tokens"] for line in epochs if "tokens" in line]
     return record.Training(
         recipe=name, settings={key: _cell(value) for key, value in given},
         epochs=recipe.epochs, steps=steps, batch=recipe.batch, processes=loop.place.world, runtime_s=runtime,
         samples_per_s=steps * recipe.batch / runtime, steps_per_s=steps / runtime,
-        loss=_mean([line["train"]["loss"] for line in epochs]), best=best, best_epoch=-where if tops else None,
+        loss=_mean([line["train"]["loss"] for line in epochs]),
+        grad_norm=norm if math.isfinite(norm) else None, learning_rate=last["learning_rate"],
+        best=best, best_epoch=-where if tops else None,
         last=val.get("top1"), top5=val.get("top5"), f1=val.get("f1"), val_loss=val.get("loss"),
         train_top1=last["train"].get("top1"), gap=last.get("gap"),
         tokens=[_mean(list(layer)) for layer in zip(*tokens)] if tokens else None,
@@ -62,6 +71,12 @@ def training_of(loop: Loop, name: str) -> record.Training:
         | {key: value for key, value in val.items() if key not in SCORES}
         | {f"before_{key}": value for key, value in before.items()},
     )  # fmt: skip
+
+
+def line_of(train: record.Training) -> dict[str, Any]:
+    """The last line of the log, under document 000's names."""
+    kept = train.model_dump(exclude={"settings", *THEIRS.values()})
+    return {"loss": train.loss, **{theirs: getattr(train, ours) for theirs, ours in THEIRS.items()}, **kept}
 
 
 def memory_mib(device: torch.device) -> float:
