@@ -172,13 +172,15 @@ def test_mixtures_repeat_and_take_shares():
 def test_interleaved_lines_place_each_image_before_its_sentence(folder):
     png = base64.b64encode((folder / "0.png").read_bytes()).decode()
     infos = [{"image_base64": png, "matched_text_index": 2}, {"image_name": "1.png", "matched_text_index": 0}]
+    last = {"image_name": "2.png", "matched_text_index": 3}
     rows = [
-        {"text_list": ["one <image>", "two", "three"], "image_info": infos},
+        {"text_list": ["one <image>", "two", "three", ""], "image_info": [last, *infos]},
         {"text_list": ["alone"], "image_info": []},
     ]
     (folder / "mmc4.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = open_conversations(str(folder / "mmc4.jsonl")).samples
-    assert first.turns == (("text", "<image>one <IMAGE> two<image>three"),) and len(first.pictures()) == 2
+    told = "<image>\none <IMAGE> two<image>\nthree"
+    assert first.turns == (("text", told),) and len(first.pictures()) == 2, "nothing follows the third image"
     assert second.turns == (("text", "alone"),) and first.kind == second.kind == "interleaved"
 
 
@@ -189,6 +191,10 @@ def test_interleaved_lines_place_each_image_before_its_sentence(folder):
     ({"conversations": said([("human", "a"), ("human", "a")])}, "must speak in turn"),
     ({"conversations": said([("human", "a"), ("dog", "a")])}, "nobody knows who 'dog' is"),
     ({"text": "a"}, "neither conversations nor text_list"),
+    ({"text_list": ["a"], "image_info": [{"image_name": "0.png"}]}, "needs a matched_text_index"),
+    ({"text_list": ["a"], "image_info": [{"image_name": "0.png", "matched_text_index": 1}]}, "one of its 1 sentences"),
+    ({"text_list": [""], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]}, "it says nothing"),
+    ({"text_list": "a"}, "must be a list of sentences"),
     ([1], "it is a list"),
 ])  # fmt: skip
 def test_one_bad_sample_is_refused_in_one_line(folder, row, said_):

@@ -176,13 +176,20 @@ def _turns(rows: Any) -> tuple[tuple[str, str], ...]:
 
 def _interleaved(row: dict[str, Any], key: str, root: Path) -> Sample:
     """Sentences, each image in front of the one it was matched with; the first six images, in the text's order."""
+    if not isinstance(row["text_list"], list) or not isinstance(row.get("image_info") or [], list):
+        raise ValueError("text_list must be a list of sentences, image_info one of objects")
     sentences = [str(text).replace(IMAGE, IMAGE.upper()) for text in row["text_list"]]
-    infos = sorted(row.get("image_info") or [], key=lambda info: info["matched_text_index"])[:MOST_IMAGES]
-    if any(not 0 <= info["matched_text_index"] < len(sentences) for info in infos):
-        raise ValueError(f"matched_text_index must be one of its {len(sentences)} sentences")
+    infos = row.get("image_info") or []
+    if any(not isinstance(info, dict) or info.get("matched_text_index") not in range(len(sentences)) for info in infos):
+        raise ValueError(f"each of image_info needs a matched_text_index, one of its {len(sentences)} sentences")
+    infos = sorted(infos, key=lambda info: info["matched_text_index"])[:MOST_IMAGES]
     for info in infos:
         sentences[info["matched_text_index"]] = f"{IMAGE}\n{sentences[info['matched_text_index']]}"
-    text = re.sub(rf"\s*{IMAGE}\s*", IMAGE, " ".join(sentences))
+    text = re.sub(rf" *{IMAGE} *", IMAGE, " ".join(sentences))
+    while text.rstrip().endswith(IMAGE):  # nothing is said after it
+        text, infos = text.rstrip().removesuffix(IMAGE), infos[:-1]
+    if not text.strip():
+        raise ValueError("it says nothing")
     return Sample(key, (("text", text),), tuple(_matched(info, root) for info in infos))
 
 
