@@ -146,7 +146,7 @@ def hard(logits, case):
 
 def several(logits, case):
     noise = torch.stack(case["noise"]) if case["noise"] else None
-    return n_times_gumbel_softmax(logits, len(case["noise"]), 5.0, True, noise)
+    return n_times_gumbel_softmax(logits, len(case["noise"]), 5.0, True, True, noise)
 
 
 def at_once(logits, case):
@@ -162,7 +162,7 @@ def at_once(logits, case):
         ("ntimes_train_n0", several),
         ("ntimes_train_n4", several),
         ("topk6_trainTrue", at_once),
-        ("ntimes_eval_n4", lambda logits, case: n_times_gumbel_softmax(logits, 4, 5.0, False)),
+        ("ntimes_eval_n4", lambda logits, case: n_times_gumbel_softmax(logits, 4, 5.0, True, False)),
     ],
 )
 def test_choices_are_the_references(name, choose):
@@ -189,6 +189,15 @@ def test_head_version_buys_heads_and_groups_of_one_layer_at_a_time():
     assert float(found.detach().sum()) == 3 * 2 * 2
     (found * torch.randn(5, 8)).sum().backward()
     assert bool(logits.grad.any())
+
+
+def test_noise_that_is_not_given_is_drawn_as_the_reference_draws_it():
+    logits = torch.randn(7, requires_grad=True)
+    torch.manual_seed(3)
+    found = n_times_gumbel_softmax(logits, 3, tau=5.0)
+    torch.manual_seed(3)
+    noise = torch.stack([-torch.empty(7).exponential_().log() for _ in range(3)])
+    assert torch.equal(found, n_times_gumbel_softmax(logits, 3, tau=5.0, noise=noise)) and found.sum() == 3
 
 
 def test_more_than_there_are_is_refused():

@@ -54,6 +54,10 @@ def gumbel(noise: Tensor) -> Tensor:
     return -(-noise.clamp(tiny, 1 - tiny).log()).log()
 
 
+def _drawn(logits: Tensor) -> Tensor:
+    return -torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log()
+
+
 def masked_gumbel_softmax_topk(
     logits: Tensor,
     masks: Tensor,
@@ -66,14 +70,15 @@ def masked_gumbel_softmax_topk(
     """AdaLLaVA's relaxed choice of k of logits [..., N], none of those where masks [..., N] is not 0.
 
     hard: 1 for the chosen, else 0, in training with the gradient of the softmax over all. In training `noise` [..., N]
-    (Gumbel) is added; without training neither it nor tau counts. k: one number, or one per row [...].
+    (Gumbel) is added, drawn as AdaLLaVA draws it where none is given; without training neither it nor tau counts.
+    k: one number, or one per row [...].
     """
     if isinstance(k, int) and k > logits.shape[-1]:
         raise ValueError(f"{k} of {logits.shape[-1]} cannot be chosen")
     taken = masks.bool()
     z = logits.masked_fill(taken, float("-inf"))
     if training:
-        z = (z if noise is None else z + noise) / tau
+        z = (z + (_drawn(logits) if noise is None else noise)) / tau
     soft = z.softmax(-1)
     if not hard:
         return soft
@@ -96,9 +101,17 @@ def masked_gumbel_softmax(
 
 
 def n_times_gumbel_softmax(
-    logits: Tensor, n: int | Tensor, tau: float = 1.0, training: bool = True, noise: Tensor | None = None
+    logits: Tensor,
+    n: int | Tensor,
+    tau: float = 1.0,
+    hard: bool = True,
+    training: bool = True,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """n of logits [..., N], one after another; noise [n, ..., N] is fresh in each round. n: one number, or one per row."""
+    """n of logits [..., N], one after another; noise [n, ..., N] is fresh in each round. n: one number, or one per row.
+
+    hard: AdaLLaVA's argument, which changes nothing there either.
+    """
     counts = torch.as_tensor(n, device=logits.device)
     rounds = int(counts.max())
     if rounds > logits.shape[-1]:
