@@ -9,7 +9,9 @@ import json
 import re
 import resource
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from math import comb, isclose
 
 import numpy as np
@@ -488,14 +490,26 @@ def test_bad_rows_are_named_by_their_line(tmp_path):
             record.read(path)
 
 
-def test_an_interrupted_write_costs_one_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize("left", [1, 11, -1])
+def test_what_an_interrupted_write_left_goes_before_the_next_row(tmp_path, left):
+    """A kill or a full disk leaves the beginning of a row; a row that lacks but its end of line is whole."""
+    path, whole = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl"
     record.append(path, row())
-    path.write_text(path.read_text() + '{"schema": 1, "ta')
-    record.append(path, row(seed=7))
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[2]]))
-    assert [one.seed for one in record.read(path)] == [0, 7]
+    record.append(whole, row(seed=1))
+    rows, cut = path.read_text(), whole.read_text()[:left]
+    for mend in (record.ready, partial(record.append, row=row(seed=7))):
+        path.write_text(rows + cut)
+        with nullcontext() if left < 0 else pytest.warns(UserWarning, match=re.escape(f"which is gone: {cut}")):
+            mend(path)
+        seeds = [0] + [1] * (left < 0) + [7] * (mend is not record.ready)
+        assert [one.seed for one in record.read(path)] == seeds
+
+
+def test_a_last_line_that_no_row_begins_with_is_left(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("a line\nanother without an end")
+    record.append(path, row())
+    assert path.read_text().startswith("a line\nanother without an end\n{")
 
 
 def test_a_full_disk_leaves_the_rows_there_were(tmp_path):
@@ -512,13 +526,13 @@ def test_a_full_disk_leaves_the_rows_there_were(tmp_path):
 
 
 def test_a_place_no_row_can_go_to_is_refused_and_left_as_it_was(tmp_path):
-    record.check_writable(tmp_path / "new" / "rows.jsonl")
+    record.ready(tmp_path / "new" / "rows.jsonl")
     assert not list((tmp_path / "new").iterdir())
     with pytest.raises(IsADirectoryError):
-        record.check_writable(tmp_path)
+        record.ready(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        record.check_writable(tmp_path / "file" / "rows.jsonl")
+        record.ready(tmp_path / "file" / "rows.jsonl")
 
 
 def test_a_row_refuses_what_it_could_not_read_back():

@@ -81,7 +81,7 @@ class Comparison:
             if method.facts.training_only:
                 raise ValueError(f"{method} acts while training only; at inference it is the plain model")
             winnow.restore(self.reduce(self.model, method, self.way))
-        rec.check_writable(self.results)
+        rec.ready(self.results)
 
     def _one(self, method: Method | None, timed: bool = True) -> None:
         if not any(row.method == _spell(method) for row in self.rows):

@@ -111,7 +111,7 @@ def zeroshot(
     """Top-1 and top-5 with classes named in words, 95 % Wilson intervals."""
     from ..data import open_images
 
-    record.check_writable(results)
+    record.ready(results)
     images = open_images(data, split=split, limit=limit)
     if images.labels is None:
         raise ValueError(f"{images.name} has no labels, and zero-shot accuracy is counted with them")

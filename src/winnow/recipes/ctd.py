@@ -164,6 +164,7 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
     """
     from ..train.loop import train
 
+    record.ready(results)
     logs = logs_of(results)
     for one in runs(wish):
         recipe, label = one.recipe(wish), f"{one.name}-{one.seed}"

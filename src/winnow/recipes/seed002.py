@@ -256,7 +256,7 @@ def rows_of(arm: Arm, model: Toy, wish: Wish, seconds: float, plain: record.Row 
 
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
     """Rows of all four arms, each trained and measured once: what the results file holds is not made again."""
-    results.parent.mkdir(parents=True, exist_ok=True)
+    record.ready(results)
     for number, arm in enumerate(ARMS):
         rows = _own(wish, results)
         method = arm.method(wish)

@@ -71,6 +71,7 @@ def start(folder: Path) -> None:
 
 def run(out: Path, results: Path) -> list[record.Row]:
     """Every stage that `results` has no row of yet; the rows of all."""
+    record.ready(results)
     if not (out / "start").exists():
         start(out / "start")
     there = {row.train.recipe: row for row in (record.read(results) if results.exists() else []) if row.train}
