@@ -7,8 +7,7 @@ that was trained with DRIP (`winnow train scenes_drip`, `winnow train drip_tiny1
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,24 @@ from torch import Tensor
 
 import winnow
 
-from .. import models
 from .._parse import parse
-from .._reduce import is_reduced, seat_of
-from .._weights import read_weights
+from .._reduce import seat_of
 from ..data import Images, open_images
-from ..data.batches import batches
 from ..data.scenes import patch_objects
 from ..measure import record
 from ..methods.drip import DRIP
-from ..train.progress import read_log
-from ..train.recipe import Recipe, load_recipe
 from ..view import files
 from ..view.overlay import picture
 from ..view.sheets import photograph
 from . import _drip_figures as figures
 from . import _drip_objects as objects
+from ._drip_runs import Trained, read, untrained, validation
 
 Say = Callable[[str], object]
 RUNS = Path("runs")
 SHOWN = ("chelsea-0", "coffee-0", "astronaut-0", "rocket-0")
 """Photographs of the pictures: whole, with scikit-image."""
-CELL, MOST = 224, 500
+CELL = 224
 
 
 @dataclass(frozen=True)
@@ -47,38 +42,6 @@ class Wish:
     """Which photographs the pictures are made of."""
 
     data: str = "photographs"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One run's folder, read back."""
-
-    name: str
-    recipe: Recipe
-    method: DRIP
-    loaded: models.LoadedModel
-    lines: list[dict[str, Any]]
-
-    @property
-    def rate(self) -> float:
-        """Of its first stage."""
-        return self.method.rate_at(self.method.sites()[0])
-
-    @cached_property
-    def seen(self) -> Seen:
-        """What it does with its validation images."""
-        return look(self, _validation(self))
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a trained model did with some images."""
-
-    owners: np.ndarray
-    """[n, P] segment of each patch."""
-    shares: np.ndarray
-    """[n] expected boundary rate of each image: the mean probability of its patches, the last being certain."""
-    grid: tuple[int, int]
 
 
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
@@ -96,59 +59,8 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
     return [files.write(out / "drip.md", "\n".join(part for part in parts if part).encode()), *made]
 
 
-def read(folder: Path) -> Trained | None:
-    """A run's model with its trained weights; None where it was not trained with DRIP."""
-    recipe = load_recipe(folder / "recipe.yaml")
-    loaded = _start(recipe)
-    method = winnow.reducer_of(loaded.model).method if is_reduced(loaded.model) else None
-    if not isinstance(method, DRIP):
-        return None
-    loaded.model.load_state_dict(read_weights(folder / "best.safetensors"))
-    return Trained(folder.name, recipe, method, loaded, read_log(folder / "log.jsonl"))
-
-
-def untrained(run: Trained) -> Trained:
-    """The run as it began: the model it started from, the predictor as it was built."""
-    part = run.recipe.model
-    return replace(run, loaded=_start(run.recipe, weights=part.weights, pretrained=part.pretrained))
-
-
-def _start(recipe: Recipe, **source: Any) -> models.LoadedModel:
-    part, size = recipe.model, recipe.augment.size
-    loaded = models.load_model(
-        part.name, num_classes=part.num_classes, options=part.options, size=size, seed=recipe.seed, new_head=True, bare=True,
-        **source,
-    )  # fmt: skip
-    if recipe.method:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
-            winnow.reduce(loaded.model, parse(recipe.method))
-    return loaded
-
-
-@torch.inference_mode()
-def look(run: Trained, images: Images) -> Seen:
-    """Run a trained model on images in evaluation."""
-    owners, shares, grid = [], [], None
-    site = run.method.sites()[0]
-    for batch in batches(images, run.loaded.transform, 50):
-        with winnow.watch(run.loaded.model) as seen:
-            run.loaded.model(batch.images)
-        owners.append(seen.ledger.owner.numpy())
-        p = seen.scores[site]
-        shares.append((p[:, :-1].sum(1) + 1) / p.shape[1])
-        grid = seen.grid
-    assert grid is not None
-    return Seen(np.concatenate(owners), torch.cat(shares).numpy(), grid)
-
-
 def _both(chart: Any, path: Path) -> list[Path]:
     return [files.write(path.with_suffix(f".{form}"), files.encode(chart, form)) for form in ("svg", "png")]
-
-
-def _validation(run: Trained) -> Images:
-    source = run.recipe.data.val or run.recipe.data.train
-    return open_images(source.path, split=source.split, limit=min(MOST, source.limit or MOST))
 
 
 def _rates(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path]]:
@@ -179,7 +91,7 @@ def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path
     for run in runs:
         if not _masked(run):
             continue
-        images = _validation(run)
+        images = validation(run)
         seen, before = run.seen, untrained(run).seen
         things = np.stack([patch_objects(images.mask(i), seen.grid) for i in range(len(images))])  # type: ignore[arg-type]
         kinds = {"learned": seen.owners, "untrained": before.owners, **objects.rivals(seen.owners)}
@@ -189,7 +101,7 @@ def _objects(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Path
 
 def _masked(run: Trained) -> bool:
     """Its validation images have object masks, and are seen as they are, not resized or cropped."""
-    mask = _validation(run).mask(0)
+    mask = validation(run).mask(0)
     return mask is not None and mask.shape == run.loaded.size
 
 
@@ -199,7 +111,7 @@ def _pictures(runs: list[Trained], out: Path, wish: Wish) -> tuple[str, list[Pat
     for grid in sorted({_grid(run) for run in runs}):
         own = sorted((run for run in runs if _grid(run) == grid), key=lambda run: -run.rate)
         # what learned on scenes says nothing about photographs
-        images = _validation(own[0]) if _masked(own[0]) else photographs
+        images = validation(own[0]) if _masked(own[0]) else photographs
         chosen = [i for i in range(len(images)) if images.key(i) in SHOWN] or list(range(min(len(SHOWN), len(images))))
         for label, pairs in {
             "rates": [(run, chosen[0]) for run in own],
