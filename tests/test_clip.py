@@ -155,6 +155,46 @@ def test_tables_of_files(kind, tmp_path):
     assert (len(pairs), pairs.caption(0), len(pairs.failures)) == (1, "a scene", 2)
     with pytest.raises(ValueError, match="has no column words"):
         open_pairs(str(path), column="words")
+    if kind != "parquet":
+        path.write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=f"table.{kind} is not UTF-8 text"):
+            open_pairs(str(path))
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet_with_the_images_in_it(as_struct, tmp_path, capsys):
+    """As img2dataset's parquet output and as Hugging Face's image columns are."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    data = [picture(0), picture(1), None, picture(3)]
+    pictures = [{"bytes": one, "path": "../x/same"} for one in data] if as_struct else data
+    captions = (
+        [["a scene", "the same"], [""], ["lost"], ["another"]] if as_struct else ["a scene", None, "lost", "another"]
+    )
+    write_table(pa.table({"image" if as_struct else "jpg": pictures, "caption": captions}), tmp_path / "00000.parquet")
+    for where in (tmp_path, tmp_path / "00000.parquet"):
+        pairs = open_pairs(str(where))
+        assert [pairs.caption(i) for i in range(len(pairs))] == ["a scene", "lost", "another"]
+        assert pairs.images[0][0].size == (32, 32) and "has no caption" in pairs.failures[0]
+        assert cli("data", "count", str(where)) == 0
+        assert "2 samples, 2 failed, of 4" in capsys.readouterr().out
+    assert cli("data", "captions2llava", str(tmp_path), str(tmp_path / "told.json")) == 0
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert [one["conversations"][1]["value"] for one in told] == ["a scene", "another"]
+    kept = [(tmp_path / "told_images" / "x" / f"same{name}.jpg") for name in ("", "-2")] if as_struct else []
+    assert [path.read_bytes() for path in kept] == ([picture(0), picture(3)] if as_struct else [])
+
+
+def test_shards_may_lie_in_folders_of_splits_and_samples_in_folders_of_a_shard(tmp_path):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name in ("./a/0", "b/0", "../c/0"):
+            put(tar, f"{name}.jpg", picture(0))
+            put(tar, f"{name}.txt", name.encode())
+    pairs = open_pairs(str(tmp_path), split="train[:3]")
+    assert [pairs.images.key(i) for i in range(3)] == ["0/a/0", "0/b/0", "0/c/0"]
+    assert [pairs.caption(i) for i in range(3)] == ["./a/0", "b/0", "../c/0"]
 
 
 def test_scenes_bring_their_captions():

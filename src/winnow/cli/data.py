@@ -94,7 +94,6 @@ def captions2llava(
     from ..data.captions import to_llava
 
     with Progress() as progress:
-        progress.say(f"{captions}: images")
         written, failed = to_llava(
             captions, out, split=split, limit=limit, column=column, seed=seed, done=progress.images
         )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -25,22 +26,26 @@ def to_llava(
     limit: int | None = None,
     column: str | None = None,
     seed: int = 0,
+    done: Callable[[int], object] | None = None,
 ) -> tuple[int, list[str]]:
     """Write `out`, one conversation per pair of `open_pairs(source)`; (how many, what was left out, one line each).
 
     Image names are relative to out's folder. Images that are no files of their own (shards) are put into a folder beside it,
-    as they are. Question and place of the image depend on (seed, number of the pair).
+    as they are. Question and place of the image depend on (seed, number of the pair). `done` is told how many are.
     """
     pairs = open_pairs(source, split=split, limit=limit, column=column)
-    failures, records = list(pairs.failures), []
+    failures, records, taken = list(pairs.failures), [], set[str]()
     for i in range(len(pairs)):
+        if done is not None:
+            done(i)
         key = pairs.images.key(i)
         try:
             raw = pairs.images.raw(i)
         except UnreadableImage as error:
             failures.append(str(error))
             continue
-        path = _kept(raw, out, key) if isinstance(raw, bytes) else raw
+        path = _kept(raw, out, key if key not in taken else f"{key}-{i}") if isinstance(raw, bytes) else raw
+        taken.add(key)
         random = np.random.default_rng((seed, i))
         question = BRIEF[random.integers(len(BRIEF))]
         asked = f"{IMAGE}\n{question}" if random.integers(2) else f"{question}\n{IMAGE}"
@@ -56,4 +61,5 @@ def to_llava(
 def _kept(raw: bytes, out: Path, key: str) -> Path:
     """The file that now holds these bytes."""
     kind = ".png" if raw.startswith(b"\x89PNG") else ".webp" if raw[8:12] == b"WEBP" else ".jpg"
-    return files.write(out.parent / f"{out.stem}_images" / f"{key}{kind}", raw)
+    inside = "/".join(part for part in PurePosixPath(key).parts if part not in ("/", ".."))
+    return files.write(out.parent / f"{out.stem}_images" / f"{inside}{kind}", raw)

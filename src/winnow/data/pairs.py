@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .images import Images, UnreadableImage
+from .parquet import holds_images, open_captions
 from .readers import _Files, _lengths, open_images
 from .scenes import NAMES, captions, open_scenes
 from .shards import is_shards, open_shards
@@ -29,7 +30,7 @@ FILES = ("file", "filepath", "file_name", "image", "image_path", "path")
 TEXTS = ("caption", "text", "title", "TEXT")
 KINDS = (
     "a folder of .tar shards (KEY.jpg, KEY.txt), one .tar, a .csv, .jsonl or .parquet table with a column of files and "
-    "one of captions, COCO's captions_NAME.json, a folder of labelled images, or scenes"
+    "one of captions, parquet with the images in it, COCO's captions_NAME.json, a folder of labelled images, or scenes"
 )
 CAPTION = "a photo of a {}."
 """Of an image that has a class and no caption."""
@@ -50,10 +51,12 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.images)
 
-    def sound(self) -> Pairs:
-        """Only pairs whose image can be decoded (each is, once); the others become failures."""
+    def sound(self, done: Callable[[int], object] | None = None) -> Pairs:
+        """Only pairs whose image can be decoded (each is, once); the others become failures. `done` is told how many."""
         good, failures = [], list(self.failures)
         for i in range(len(self)):
+            if done is not None:
+                done(i)
             try:
                 _ = self.images[i]
                 good.append(i)
@@ -89,8 +92,10 @@ def open_pairs(
     path = Path(spec).expanduser()
     if spec in NAMES:
         found = _scenes(spec, name)
-    elif is_shards(path):
+    elif is_shards(path) or is_shards(path / name):
         found = _shards(path, name)
+    elif tables := _parquets(path):
+        found = _stored(path, tables, name, column) or _labelled(spec, name, caption)
     elif path.is_file():
         found = _table(path, name, column)
     elif path.is_dir():
@@ -99,7 +104,9 @@ def open_pairs(
         raise FileNotFoundError(f"no images with captions in {spec}: give {KINDS}")
     rows = rows_of(len(found), part, limit)
     if not rows:
-        raise ValueError(f"{spec} {split}: none of {len(found)} pairs is left, {len(found.failures)} failed")
+        first = f", the first: {found.failures[0]}" if found.failures else ""
+        where = f"{spec} {split}".strip()
+        raise ValueError(f"{where}: none of {len(found)} pairs is left, {len(found.failures)} failed{first}")
     if len(rows) < len(found):
         found = found.subset(rows)
     found.images.split = split
@@ -134,9 +141,32 @@ def _shards(path: Path, split: str) -> Pairs:
     return Pairs(images, shards.caption, shards.failures, shards.places[:, 0])
 
 
+def _parquets(path: Path) -> list[Path]:
+    """The parquet files of this file or folder, if they hold the images themselves."""
+    files = [path] if path.suffix.lower() == ".parquet" else sorted(path.glob("*.parquet"))
+    files = files or sorted(path.glob("data/*.parquet"))
+    return files if files and files[0].is_file() and holds_images(files[0]) else []
+
+
+def _stored(path: Path, files: Sequence[Path], split: str, column: str | None) -> Pairs | None:
+    """Images and captions in parquet files, as img2dataset and Hugging Face datasets write them; None without captions."""
+    found = open_captions(files, path.resolve().stem, split, [column] if column else TEXTS)
+    if found is None and column:
+        raise ValueError(f"{path} has no column {column} in all of its parquet files")
+    if found is None:
+        return None
+    images, texts = found
+    failures = [f"{path.name}: {images.key(i)} has no caption" for i, text in enumerate(texts) if not text]
+    pairs = Pairs(images, texts.__getitem__, failures)
+    return pairs.subset([i for i, text in enumerate(texts) if text]) if failures else pairs
+
+
 def _table(path: Path, split: str, column: str | None) -> Pairs:
     """Rows with a file and a caption; relative names start at the table's own folder."""
-    rows = READERS.get(path.suffix.lower(), _unknown)(path)
+    try:
+        rows = READERS.get(path.suffix.lower(), _unknown)(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     image, text = _column(path, rows[0], FILES, None), _column(path, rows[0], TEXTS, column)

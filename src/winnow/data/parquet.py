@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,32 @@ def open_parquet(
     return Images(name, keys, rows, lengths=lengths, labels=labels if label else None, split=split, classes=classes)
 
 
+def holds_images(path: Path) -> bool:
+    """Whether a column of this parquet file that is named as images are has them, not the names of files."""
+    with _parquet_file(path) as file:
+        return any(_has_bytes(field) for field in file.schema_arrow if field.name in _IMAGE_NAMES)
+
+
+def open_captions(
+    files: Sequence[Path], name: str, split: str, columns: Sequence[str]
+) -> tuple[Images, list[str]] | None:
+    """The images of `open_parquet` with their captions, from the first of `columns` that is there; None if none is.
+
+    Of several captions the first counts; an empty one stands for none.
+    """
+    files, split = _pick_split(files, name, split)
+    texts: list[str] = []
+    for path in files:
+        with _parquet_file(path) as file:
+            column = next((one for one in columns if one in file.schema_arrow.names), None)
+            if column is None:
+                return None
+            values = _guarded(path, partial(file.read, columns=[column])).column(0).to_pylist()
+        firsts = (next(iter(value), None) if isinstance(value, list) else value for value in values)
+        texts += [str(first or "").strip() for first in firsts]
+    return open_parquet(files, name, split, None, ""), texts
+
+
 def _parquet_file(path: Path) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
@@ -129,18 +156,12 @@ def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> t
     """The image field and the label column's name ("" for none)."""
     import pyarrow.types as types
 
-    def has_bytes(field: Any) -> bool:
-        kind = field.type
-        if types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
     there = ", ".join(schema.names) or "none"
     image = image.removesuffix(".bytes") if image else image
-    usual = [n for n in _IMAGE_NAMES if n in schema.names and has_bytes(schema.field(n))]
-    others = [n for n in schema.names if has_bytes(schema.field(n))]
+    usual = [n for n in _IMAGE_NAMES if n in schema.names and _has_bytes(schema.field(n))]
+    others = [n for n in schema.names if _has_bytes(schema.field(n))]
     image = image or next(iter(usual + others), None)
-    if image is None or image not in schema.names or not has_bytes(schema.field(image)):
+    if image is None or image not in schema.names or not _has_bytes(schema.field(image)):
         what = f"no image column {image!r}" if image else "no column of image bytes"
         raise ValueError(f"{path} has {what} (there are: {there}); name the right one as image_column")
     if label is None:
@@ -151,6 +172,14 @@ def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> t
     if label and not types.is_integer(schema.field(label).type):
         raise ValueError(f"{path}: column {label!r} is {schema.field(label).type}, and labels are integers")
     return schema.field(image), label
+
+
+def _has_bytes(field: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(field.type):
+        return field.type.get_field_index("bytes") >= 0
+    return types.is_binary(field.type) or types.is_large_binary(field.type)
 
 
 def _leaf(image: Any) -> str:

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -87,8 +87,9 @@ def _look_up(path: Path) -> tuple[dict[str, dict[str, Piece]], list[str]]:
             for member in tar:
                 if not member.isfile():
                     continue
-                key, _, kind = member.name.rpartition("/")[2].partition(".")
-                pieces = samples.setdefault(key, {})
+                *folders, name = (part for part in PurePosixPath(member.name).parts if part not in ("/", ".."))
+                key, _, kind = name.partition(".")
+                pieces = samples.setdefault("/".join((*folders, key)), {})
                 if member.offset_data + member.size <= size:
                     pieces[kind.lower()] = Piece(member.offset_data, member.size)
             if size < tar.offset + tarfile.BLOCKSIZE:  # a whole one ends with empty blocks
