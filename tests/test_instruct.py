@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -131,6 +132,7 @@ def test_a_reduced_model_is_saved_and_comes_back_with_one_call(folder, recipe_fi
     ("model.name=timm:vit_tiny_patch16_224", "hf:ID_OR_PATH"),
     ("task=classify", "keys of instruct need task: instruct"),
     ("instruct.vision_weights=x", "needs the name of a tower"),
+    ("instruct.projector=nowhere.bin", "no such file: nowhere.bin; instruct.projector is a file or one of mlp"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_training(recipe_file, tmp_path, text, said_):
     more = ("instruct.pad=false",) if text.startswith("task") else ()
@@ -138,6 +140,15 @@ def test_what_does_not_fit_is_refused_before_training(recipe_file, tmp_path, tex
         run(recipe_file, tmp_path / "run", text, *more)
     assert said_ in str(error.value) and "\n" not in str(error.value)
     assert not lines(tmp_path / "run")
+
+
+def test_one_dialogue_among_many_captions_is_found_before_training(folder, recipe_file, tmp_path):
+    rows = json.loads((folder / "told.json").read_text())
+    late = folder / "late.json"
+    late.write_text(json.dumps([rows[0]] * 20 + [rows[1]]))
+    sets = (f"data.train.path={late}", f"data.val={{path: {late}, split: '[:4]'}}", "instruct.template=plain")
+    with pytest.raises(ValueError, match="i1: template plain takes one question"):
+        Training(load_recipe(recipe_file, sets))
 
 
 # ---- exactly

@@ -132,6 +132,8 @@ def parts_of(model: Any) -> dict[str, list[nn.Module]]:
 def read_projector(model: nn.Module, path: Path) -> None:
     """Fill the projector from a file of Hugging Face's names or of LLaVA's (`mm_projector.bin`); ValueError otherwise."""
     found = {}
+    if not path.expanduser().is_file():
+        raise FileNotFoundError(f"no such file: {path}; instruct.projector is a file or one of {', '.join(PROJECTORS)}")
     for key, value in read_weights(path.expanduser()).items():
         match = PROJECTOR.search(key)
         if match:

@@ -6,6 +6,7 @@ Winnow's own.
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -124,7 +125,7 @@ def upright(read: Callable[[], Image.Image], what: str) -> Image.Image:
 
 
 def _unreadable(what: str, error: BaseException) -> UnreadableImage:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)).split()) or type(error).__name__
     return UnreadableImage(f"{what} cannot be decoded ({reason}); replace the file or leave it out")
 
 

@@ -58,7 +58,12 @@ class Speech:
         return encode(pieces, self.processor.tokenizer, self.processor.image_token, self.slots, self.longest)
 
     def check(self, conversations: Conversations) -> None:
-        """ValueError unless the template fits and leaves something to learn, by the first few samples."""
+        """ValueError unless the template fits and leaves something to learn, by the first few samples.
+
+        `plain` is asked of all of them: it costs nothing, and one dialogue among many would end the run on its way.
+        """
+        for sample in conversations.samples if self.template == "plain" else ():
+            spoken(sample, self.template, self.processor)
         first = conversations.samples[:TRIES]
         if not any(bool((self.words(sample)[1] != IGNORE).any()) for sample in first):
             raise ValueError(
