@@ -466,3 +466,6 @@ def test_a_trained_tower_is_judged_from_the_command_line(recipe_file, tmp_path, 
     assert cli("eval", "retrieval", *words) == 0
     assert "text_to_image_r10: " in capsys.readouterr().out
     assert cli("eval", "zeroshot", *asked[:-6], "--templates", "none") == 2
+    monkeypatch.undo()
+    assert cli("eval", "zeroshot", "--model", str(tmp_path / "run"), *words[4:8], *asked[-4:]) == 0
+    assert record.read(tmp_path / "rows.jsonl")[-1].accuracy == row.accuracy, "a run's folder says all the rest"

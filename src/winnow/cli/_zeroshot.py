@@ -28,7 +28,7 @@ from ..tasks.classify import reducer_weights
 from . import _options as o
 from ._progress import Progress
 
-Model = Annotated[str, typer.Option(help="open_clip:NAME")]
+Model = Annotated[str, typer.Option(help="open_clip:NAME, or the folder of a run of winnow train (its last weights)")]
 Tag = Annotated[str | None, typer.Option("--pretrained", help="open_clip's tag, downloaded, e.g. laion2b_s34b_b79k")]
 MethodOption = Annotated[str | None, typer.Option("--method", "-m", help="a method as in ToMe(r=8); plain without")]
 Split = Annotated[str, typer.Option(help="val, train[-500:], ...")]
@@ -78,9 +78,20 @@ def judged(
     workers: int,
     seed: int,
 ) -> Judged:
-    """The model as the options say; with weights, a reducer's own are taken from them too."""
+    """The model as the options say, or as a run left it; with weights, a reducer's own are taken from them too."""
+    words: dict[str, Any] = {}
+    if (Path(model).expanduser() / "recipe.yaml").is_file():
+        from ..train.recipe import load_recipe
+
+        o.refuse({"--pretrained": tag}, f"is not for a run: {model} has its own weights")
+        recipe = load_recipe(Path(model) / "recipe.yaml")
+        if recipe.task != "contrast":
+            raise ValueError(f"{model} is a run of task: {recipe.task}; only those of task: contrast have a text tower")
+        weights, method = weights or Path(model).expanduser() / "last.safetensors", method or recipe.method
+        words = {"size": recipe.augment.size, "mean": recipe.data.mean, "std": recipe.data.std}
+        model, words["options"] = recipe.model.name, recipe.model.options
     clip = _clip.load_clip(f"{model}/{tag}" if tag else model, pretrained=tag is not None and weights is None,
-                           weights=weights, seed=seed)  # fmt: skip
+                           weights=weights, seed=seed, **words)  # fmt: skip
     parsed = None if method is None else winnow.parse(method)
     if parsed is not None:
         winnow.reduce(clip.model, parsed)
@@ -171,7 +182,7 @@ def retrieve(
         shares = {name: [share, *wilson(round(share * len(pairs)), len(pairs))] for name, share in found.items()}
         print(json.dumps({"pairs": len(pairs), "left_out": len(pairs.failures), **shares}))
         return
-    print(f"{by.clip.spec}, {method or 'plain'}: {len(pairs)} pairs, {len(pairs.failures)} left out")
+    print(f"{by.clip.spec}, {by.method or 'plain'}: {len(pairs)} pairs, {len(pairs.failures)} left out")
     for name, share in found.items():
         print(_line(name, round(share * len(pairs)), len(pairs)))
 
