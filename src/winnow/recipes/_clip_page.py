@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from itertools import cycle
+from itertools import count
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -178,8 +178,9 @@ def figure(rows: Sequence[Row]) -> Any:
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(9.5, 3.9 * len(groups)), layout="constrained", facecolor="white")
-    # a method looks the same in every experiment
-    looks = dict(zip(dict.fromkeys(arm.name for arms in groups for arm in arms), cycle(zip(COLOURS, MARKERS))))
+    # a method looks the same in every experiment, and no two alike: once the colours are used up, other marks have them
+    kinds = ((colour, MARKERS[(i + turn) % len(MARKERS)]) for turn in count() for i, colour in enumerate(COLOURS))
+    looks = dict(zip(dict.fromkeys(arm.name for arms in groups for arm in arms), kinds))
     for axes, arms in zip(sheet.subplots(len(groups), 2, squeeze=False), groups):
         _panel(axes[0], arms, ["zero-shot top-1"], looks)
         _panel(axes[1], arms, ["image to text R@1", "text to image R@1"], looks)
