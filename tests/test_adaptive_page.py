@@ -8,6 +8,7 @@ import pytest
 from winnow import Keep, Random
 from winnow.measure import pack, record
 from winnow.methods import DivPrune, FastV
+from winnow.recipes import _adaptive_times as times
 from winnow.recipes import adaptive
 
 pytest.importorskip("transformers")
@@ -81,3 +82,34 @@ def test_stages_begin_with_what_the_last_one_left(tmp_path):
     learns = [{name for name, on in recipe.instruct.train if on} for _, _, recipe in (first, second)]
     assert learns == [{"projector", "reducer"}, {"vision", "projector", "llm", "reducer"}]
     assert first[2].method == second[2].method == "DRIP(rate=0.25)"
+
+
+def test_times_stand_on_the_page_beside_the_rows_they_are_of(rows, tmp_path):
+    def timed(row, ratio: float) -> record.Row:
+        time = record.Latency(
+            batch=25, plain_ms=10, reduced_ms=10 / ratio, ratio=ratio, low=ratio - 0.1, high=ratio + 0.1, null=1.01,
+            null_low=0.9, null_high=1.1, pairs=11, threads=2,
+        )  # fmt: skip
+        return record.Row(task=times.TASK, model=row.model, weights=row.weights, method=row.method, latency=[time])
+
+    _, *others = (row for row in rows if row.task == "compare-vlm")
+    page, chart = adaptive.written(rows, tmp_path / "without")
+    assert "Time to the first token" not in page.read_text()
+    few = chart.stat().st_size
+    made = [timed(row, 1.3) for row in others if row.weights == "0"] + [timed(others[1], 1.5)]
+    page, chart = adaptive.written([*rows, *made], tmp_path / "with")
+    (section,) = (part for part in page.read_text().split("\n## ") if part.startswith("Time to the first token"))
+    assert "| **AdaptiveKeep, after** | – | – | – | – | 1.30 (1.20 to 1.40) |" in section
+    assert "| `DivPrune()` | – | – | – | – | 1.50 (1.40 to 1.60) |" in section and "Random" not in section
+    assert "(11 pairs of a batch of 25 questions,\n2 CPU threads)" in section and "itself gave 1.01 to 1.01" in section
+    assert chart.stat().st_size > few, "a second panel"
+
+
+def test_a_time_is_measured_once_in_turn_with_the_plain_model(tmp_path):
+    comparison = adaptive._comparison(adaptive.Wish(questions=2), tmp_path / "rows.jsonl", print)
+    comparison.pairs = 9
+    method = DivPrune(keep=Keep(0.25))
+    row = times.measured(comparison, method, 2)
+    assert row.latency[0].pairs == 9 and row.latency[0].ratio > 0 and not hasattr(comparison.model, "reducer")
+    assert times.same(row, comparison, method, 2) and not times.same(row, comparison, method, 3)
+    assert times.known([row]) == {(comparison.weights, repr(method)): row.latency[0]}

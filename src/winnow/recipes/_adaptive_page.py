@@ -20,7 +20,7 @@ from ..parts.amount import Keep
 from ..reducer import Method
 from ..view import files
 from ._adaptive_pictures import figure
-from ._adaptive_times import section
+from ._adaptive_times import known, section
 
 Found = dict[str, dict[float, record.Row]]
 """By name, by budget."""
@@ -76,7 +76,7 @@ def written(
         arm: _of(asked, trained[arm], budgets, patches) for names in arms.values() for arm in names if arm in trained
     }
     methods = {arm: parse(trained[arm].method or "") for arm in ours}
-    others = _others(asked, budgets, patches)
+    others, times = _others(asked, budgets, patches), known(rows)
     steps = max(trained[arm].train.steps for arm in main if arm in trained)  # type: ignore[union-attr]
     met = "met" if _ahead(ours, others, main) else "not met"
     asked_of = plain.data.n if plain.data else 0
@@ -85,12 +85,14 @@ def written(
         head,
         _phases(ours, plain, budgets),
         _curves(ours, others, plain, main, budgets),
-        section(_named(ours, others, main), budgets, [_share(budget, plain) for budget in budgets]),
+        section(
+            _named(ours, others, [*main, *arms["together"]]), times, budgets, [_share(one, plain) for one in budgets]
+        ),
         _tests(ours, others, main),
     ]
     parts += [_ablations(ours, methods, arms["ablations"])]
     parts += [_together(ours, others, methods, arms["together"], plain), _kept(out)]
-    chart = files.encode(figure({name: ours[name] for name in main if name in ours} | others, plain), "png")
+    chart = files.encode(figure({name: ours[name] for name in main if name in ours} | others, plain, times), "png")
     made = [files.write(out / "adaptive.png", chart)]
     return [files.write(out / "adaptive.md", "\n".join(part for part in parts if part).encode()), *made]
 
@@ -159,8 +161,8 @@ def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], 
 
 
 def _named(ours: Found, others: Found, main: Sequence[str]) -> Found:
-    """As tables call them."""
-    shown = {f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
+    """As tables call them: settings of AdaptiveKeep have no method's name."""
+    shown = {f"`{name}`" if "(" in name else f"**AdaptiveKeep, {name}**": ours[name] for name in main if name in ours}
     return shown | {f"`{name}`": rows for name, rows in others.items()}
 
 

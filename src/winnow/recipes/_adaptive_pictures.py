@@ -6,7 +6,8 @@ Winnow's own.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,26 +24,27 @@ from ..data.scenes import SPLITS, scene
 from ..measure import record
 from ..view import files
 from ..view.overlay import picture
+from ._adaptive_times import Times
 
 SHOWN, CELL = (3, 11), 160
 """Scenes of the pictures, and the height of one in pixels."""
 
 
-def figure(found: Mapping[str, Mapping[float, record.Row]], plain: record.Row) -> Any:
+def figure(found: Mapping[str, Mapping[float, record.Row]], plain: record.Row, times: Times) -> Any:
     """Accuracy against multiply-adds, and against measured time where it is known; learned methods whole, others dashed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    timed = any(row.latency for rows in found.values() for row in rows.values())
-    chart = Figure(figsize=(14 if timed else 9, 5), layout="constrained")
-    panels = chart.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
+    chart = Figure(figsize=(14 if times else 9, 5), layout="constrained")
+    panels = chart.subplots(1, 2 if times else 1, sharey=True, squeeze=False)[0]
+    costs: list[Callable[[record.Row], float | None]] = [_gmacs, partial(_time, times)]
     colours = [colormaps["tab10"](at / 10) for at in range(10)]
     learned, others = zip(colours, cycle("o")), zip(cycle(colours), (mark for mark in "svD^" for _ in colours))
     for name, rows in found.items():
         ordered = [*(rows[budget] for budget in sorted(rows)), plain]
         ours = "(" not in name
         colour, mark = next(learned if ours else others)
-        for axes, cost in zip(panels, (_gmacs, _time)):
+        for axes, cost in zip(panels, costs):
             points = [(cost(row), 100 * (row.accuracy.value or 0)) for row in ordered if row.accuracy]
             known = [point for point in points if point[0] is not None]
             if len(known) == 1:  # the plain model alone
@@ -50,7 +52,7 @@ def figure(found: Mapping[str, Mapping[float, record.Row]], plain: record.Row) -
             axes.plot(*zip(*known), color=colour, marker=mark, ms=4, lw=2 if ours else 1, ls="-" if ours else "--",
                       label=f"AdaptiveKeep, {name}" if ours else name)  # fmt: skip
     panels[0].set(xlabel="GMACs up to the first token", ylabel="right answers in %")
-    if timed:
+    if times:
         panels[1].set(xlabel="time to the first token, plain = 1")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in panels:
@@ -62,11 +64,12 @@ def _gmacs(row: record.Row) -> float | None:
     return row.macs.per_image / 1e9 if row.macs else None
 
 
-def _time(row: record.Row) -> float | None:
+def _time(times: Times, row: record.Row) -> float | None:
     """As a share of the plain model's."""
     if row.role == "plain":
         return 1.0
-    return 1 / row.latency[0].ratio if row.latency else None
+    time = times.get((row.weights, row.method))
+    return None if time is None else 1 / time.ratio
 
 
 @torch.inference_mode()

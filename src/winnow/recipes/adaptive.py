@@ -7,11 +7,9 @@ Cost: one to three minutes an arm on one core, some 40 in all. Expected: docs/ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import winnow
 
 from .._save import trained_reducer
 from .._vlm_model import load_vlm
@@ -25,6 +23,7 @@ from ..reducer import Method
 from ..tasks.answer import Prompts
 from ..train.recipe import LearningPart, Recipe, load_recipe
 from . import _adaptive_page as page
+from . import _adaptive_times as times
 from ._adaptive_pictures import pictures
 
 Say = Callable[[str], object]
@@ -84,7 +83,7 @@ class Wish:
     """Of one controller's training; with the question, twice as many."""
     questions: int = 500
     """Of the test scenes, the first."""
-    batch: int = 50
+    batch: int = 25
     """Questions of a timed batch; 0 times nothing. Times want a machine that does nothing else."""
     model: str = MODEL
 
@@ -136,34 +135,44 @@ def train(name: str, recipe: Recipe, out: Path, results: Path) -> Path:
 
 def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
     """Rows of every method and of every controller at every budget, made once."""
+    for _, comparison, methods in _groups(wish, results, say):
+        for method in methods:
+            _measure(comparison, method)
+    return _rows(results)
+
+
+def time(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
+    """Rows of times to the first token, ablations left out; they want a machine that does nothing else."""
+    for name, comparison, methods in _groups(wish, results, say):
+        for method in () if name in ABLATIONS else filter(None, methods):
+            if not any(times.same(row, comparison, method, wish.batch) for row in _rows(results)):
+                say(f"time of {method}")
+                record.append(results, times.measured(comparison, method, wish.batch))
+    return _rows(results)
+
+
+def _groups(wish: Wish, results: Path, say: Say) -> Iterator[tuple[str, VlmComparison, tuple[Method | None, ...]]]:
+    """What was trained as one, trained if it was not, and what is asked of it; "" are those that learn nothing."""
     comparison = _comparison(wish, results, say)
-    plain, timed = comparison.weights, comparison.sizes
-    _measure(comparison, None)
+    yield "", comparison, (None, *_at(TRIVIAL + TRAINING_FREE, BUDGETS))
     for arm, method in (MAIN | ABLATIONS).items():
         say(f"{arm}: training")
         weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
-        comparison.sizes = timed if arm in MAIN else ()
-        _ask(comparison, weights, _at((method,), BUDGETS if arm in MAIN else SMALL))
-    comparison.reduce, comparison.weights, comparison.sizes = winnow.reduce, plain, timed
-    for one in _at(TRIVIAL + TRAINING_FREE, BUDGETS):
-        _measure(comparison, one)
+        yield arm, _with(comparison, weights), (*_at((method,), BUDGETS if arm in MAIN else SMALL),)
     for arm, (whole, _) in TOGETHER.items():
         weights = folder(results, arm)
         for name, out, recipe in stages_of(arm, wish, folder(results, arm)):
             say(f"{name}: training")
             weights = train(name, recipe, out, results)
-        trained = replace(wish, model=f"hf:{weights.with_suffix('')}")
-        _ask(_comparison(trained, results, say), weights, _at((whole,), BUDGETS) if whole.facts.budgeted else (whole,))
-    return _rows(results)
+        trained = _comparison(replace(wish, model=f"hf:{weights.with_suffix('')}"), results, say)
+        yield arm, _with(trained, weights), (*_at((whole,), BUDGETS),) if whole.facts.budgeted else (whole,)
 
 
-def _ask(comparison: VlmComparison, weights: Path, methods: Iterable[Method]) -> None:
-    """Rows of what was trained."""
+def _with(comparison: VlmComparison, weights: Path) -> VlmComparison:
+    """The comparison of what was trained."""
     trained = trained_reducer(weights)
     assert trained is not None, "the recipe trains one"
-    comparison.reduce, comparison.weights = trained.reduce, state_hash(read_weights(weights))
-    for method in methods:
-        _measure(comparison, method)
+    return replace(comparison, reduce=trained.reduce, weights=state_hash(read_weights(weights)))
 
 
 def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
@@ -173,17 +182,16 @@ def _comparison(wish: Wish, results: Path, say: Say) -> VlmComparison:
     data = record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash)
     return VlmComparison(
         model=model, name=wish.model, weights=state_hash(model.state_dict()), labels=prompts.answers, batches=prompts,
-        data=data, results=results, sizes=(wish.batch,) if wish.batch else (), say=say,
+        data=data, results=results, sizes=(), say=say,
     )  # fmt: skip
 
 
 def _measure(comparison: VlmComparison, method: Method | None) -> None:
-    """One row, unless this file or the one of `winnow compare` beside it has it, with its time if that is asked."""
+    """One row, unless this file or the one of `winnow compare` beside it has it."""
     mine = (comparison.name, comparison.weights, None if method is None else repr(method), comparison.data)
-    timed = method is not None and bool(comparison.sizes)
-    made = [row for row in _rows(comparison.results) if (row.model, row.weights, row.method, row.data) == mine]
-    if not any(row.latency or not timed for row in made):
-        record.append(comparison.results, comparison.measure(method, timed=timed)[0])
+    made = (row for row in _rows(comparison.results) if row.task == comparison.task)
+    if all((row.model, row.weights, row.method, row.data) != mine for row in made):
+        record.append(comparison.results, comparison.measure(method, timed=False)[0])
 
 
 def _at(methods: Sequence[Method], budgets: Sequence[float]) -> Iterator[Method]:
@@ -199,6 +207,7 @@ def _rows(results: Path) -> list[record.Row]:
 def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -> list[Path]:
     """Train and ask what is missing; write the page, its curve and its pictures."""
     rows = run(wish, results, say)
+    rows = time(wish, results, say) if wish.batch else rows
     runs = {arm: folder(results, arm) / "last.safetensors" for arm in MAIN}
     return [*pictures(load_vlm(wish.model), runs, out), *written(rows, out)]
 
