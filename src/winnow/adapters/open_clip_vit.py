@@ -189,17 +189,10 @@ def _global_pool(slot: Slot, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **words: Any) -> Any:
     """open_clip's forward_intermediates, every map spread back on the patch grid."""
-    import inspect
-
     from open_clip.utils import feature_take_indices
 
     tower: Any = slot.module
-    forward = type(tower).forward_intermediates
-    full = inspect.signature(forward).bind(tower, x, indices, *args, **words)
-    full.apply_defaults()
-    nchw = full.arguments["output_fmt"] == "NCHW"
-    full.arguments["output_fmt"] = "NLC"
-    out = forward(*full.args, **full.kwargs)
+    out, nchw = pooling.flat_maps(tower, x, indices, args, words)
     layers, _ = feature_take_indices(len(tower.transformer.resblocks), indices)
     return {**out, "image_intermediates": pooling.spread_maps(slot, out["image_intermediates"], layers, nchw)}
 

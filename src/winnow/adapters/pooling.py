@@ -5,6 +5,7 @@ Winnow's own; the hosts' own modules do the work, they are only given what they 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def attention_pool(slot: Slot, query: Tensor, key: Tensor, value: Tensor, **word
     if bias is not None:
         words["key_padding_mask"] = bias.to(query.dtype)
     return type(attention).forward(attention, query, key, value, **words)
+
+
+def flat_maps(model: Any, x: Tensor, indices: Any, args: tuple, words: dict[str, Any]) -> tuple[Any, bool]:
+    """The host's own forward_intermediates with maps [B, N, C], and whether [B, C, h, w] was asked for."""
+    forward = type(model).forward_intermediates
+    full = inspect.signature(forward).bind(model, x, indices, *args, **words)
+    full.apply_defaults()
+    nchw = full.arguments["output_fmt"] == "NCHW"
+    full.arguments["output_fmt"] = "NLC"
+    return forward(*full.args, **full.kwargs), nchw
 
 
 def spread_maps(slot: Slot, maps: list[Tensor], layers: list[int], nchw: bool) -> list[Tensor]:

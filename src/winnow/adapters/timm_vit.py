@@ -122,17 +122,10 @@ def pool(slot: Slot, x: Tensor, pool_type: str | None, include_prefix: bool) -> 
 
 def intermediates(slot: Slot, x: Tensor, indices: Any = None, *args: Any, **words: Any) -> Any:
     """timm's forward_intermediates, every map spread back on the patch grid (0 where a patch was dropped)."""
-    import inspect
-
     from timm.models._features import feature_take_indices
 
     model: Any = slot.module
-    forward = type(model).forward_intermediates
-    full = inspect.signature(forward).bind(model, x, indices, *args, **words)
-    full.apply_defaults()
-    nchw = full.arguments["output_fmt"] == "NCHW"
-    full.arguments["output_fmt"] = "NLC"
-    out = forward(*full.args, **full.kwargs)
+    out, nchw = pooling.flat_maps(model, x, indices, args, words)
     layers, _ = feature_take_indices(len(model.blocks), indices)
 
     def each(found: list) -> list:

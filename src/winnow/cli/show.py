@@ -15,11 +15,9 @@ import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-import winnow
-
 from .. import view
 from ..reducer import Method
-from ..view.sheets import layers_of, photograph
+from ..view.sheets import layers_of, photograph, watched
 from . import _options as o
 
 NAME = "show"
@@ -72,17 +70,9 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image ({error}); give a JPEG, PNG or WebP file") from None
 
 
-@torch.inference_mode()
 def _counts(model: torch.nn.Module, method: Method, pixels: Tensor, verbose: bool, reduce: Callable) -> dict[str, Any]:
     """Tokens by layer; with verbose, scores and kept mask of every layer where something happened."""
-    reduce(model, method)
-    try:
-        if winnow.reducer_of(model).quantiles():
-            winnow.calibrate(model, [pixels])
-        with winnow.watch(model) as run:
-            model(pixels)
-    finally:
-        winnow.restore(model)
+    run = watched(model, method, pixels, reduce)
     counts = run.valid_counts[0].tolist()
     found: dict[str, Any] = {"method": repr(method), "counts": counts}
     if verbose:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import winnow
 
+from .._run import Watch
 from ..measure import unpack
 from ..measure.record import Row
 from ..reducer import Method
@@ -31,8 +32,8 @@ def photograph(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 @torch.inference_mode()
-def layers_of(model: nn.Module, method: Method, images: Tensor, reduce: Callable = winnow.reduce) -> list[Layers]:
-    """Per image: (block, owner [h, w], real tokens) after every block that changed the tokens; -1 = entering block 0."""
+def watched(model: nn.Module, method: Method, images: Tensor, reduce: Callable = winnow.reduce) -> Watch:
+    """What the method does to images [B, 3, H, W], calibrated on them where it must be; the model is left as it came."""
     reduce(model, method)
     try:
         if winnow.reducer_of(model).quantiles():
@@ -41,6 +42,12 @@ def layers_of(model: nn.Module, method: Method, images: Tensor, reduce: Callable
             model(images)
     finally:
         winnow.restore(model)
+    return run
+
+
+def layers_of(model: nn.Module, method: Method, images: Tensor, reduce: Callable = winnow.reduce) -> list[Layers]:
+    """Per image: (block, owner [h, w], real tokens) after every block that changed the tokens; -1 = entering block 0."""
+    run = watched(model, method, images, reduce)
     found: list[Layers] = [[] for _ in images]
     before = None
     for layer, tokens in sorted(run.tokens.items()):
