@@ -121,6 +121,18 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(folder, tmp_path, caps
     assert cli(*words, "--method", "FastV(layer=1)") == 2 and "of another model" in capsys.readouterr().err
     assert cli(*words[:-1], str(tmp_path)) == 2 and "3 of 4 images are not in" in capsys.readouterr().err
     assert cli(*words, "--prompt", "what ?") == 2 and cli("generate", "--model", f"hf:{folder}") == 2
+    asked = (
+        "generate",
+        "--model",
+        f"hf:{folder}",
+        "--questions",
+        words[words.index("--questions") + 1],
+        "--answers",
+        "no.jsonl",
+    )
+    for more, said in (("2", "saved with none: give --method too"), ("0", "a share up to 1")):
+        method = ("--method", "Random(at='tower')") if more == "0" else ()
+        assert cli(*asked, *method, "--budget", more) == 2 and said in capsys.readouterr().err
 
 
 def cli(*words):

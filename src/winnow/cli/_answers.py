@@ -36,6 +36,10 @@ class Answering:
         self.processor, self.vlm, self.trained = bare_vlm(spec)
         saved = [self.trained.method] if self.trained and self.trained.method else []
         found = list(methods) or saved
+        if budget is not None and not found:
+            raise ValueError(f"--budget {budget:g} is for a method, and {spec} was saved with none: give --method too")
+        if budget is not None and budget <= 0:
+            raise ValueError(f"--budget {budget:g}: a share up to 1, or a number of image tokens above")
         self.methods = found if budget is None else at_budgets(found, [budget])
         self.vlm.to(device)
         self.spec, self.tokens, self.device = spec, tokens, device

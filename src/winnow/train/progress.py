@@ -57,7 +57,8 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:  # stopping what never started prints an empty line
+            self.bar.stop()
         if self.board is not None:
             self.board.close()
 
