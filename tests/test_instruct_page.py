@@ -18,7 +18,7 @@ from PIL import Image
 import winnow
 from winnow.cli import app, main
 from winnow.measure import record
-from winnow.recipes import vila
+from winnow.recipes import easy_vqa, vila
 from winnow.train import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,3 +136,19 @@ def test_the_stages_run(tmp_path, monkeypatch):
     monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)
     rows = vila.run(tmp_path / "runs", tmp_path / "rows.jsonl")
     assert [row.train.steps for row in rows] == [1, 1] and len(list(vila.table(rows))) == 4
+
+
+def test_easy_vqa_is_read_and_learned(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        Image.new("RGB", (64, 64), (6 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    asked = [["what color is the shape?", "red", i] for i in range(40)]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    monkeypatch.setattr("winnow.train.loop.save_training", lambda *args: None)
+    short = {name: (*stage[:3], stage[3] | {"epochs": 1}) for name, stage in easy_vqa.STAGES.items()}
+    monkeypatch.setattr(easy_vqa, "STAGES", short)
+    rows = easy_vqa.run(tmp_path, tmp_path / "out", tmp_path / "rows.jsonl")
+    assert [(row.data.n, row.train.steps) for row in rows] == [(4, 1), (4, 2)] and rows[1].method is not None
+    assert winnow.load_vlm(f"hf:{tmp_path / 'out' / 'adaptive' / 'last'}")[1].reducer.method == winnow.parse(
+        rows[1].method
+    )

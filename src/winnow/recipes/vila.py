@@ -40,27 +40,35 @@ STAGES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 """By name: the stage before it, what is read, what learns, and steps of 32."""
 
 
-def start(folder: Path) -> None:
-    """A LLaVA with random weights: 36 patches, two blocks of tower and of language model, the scenes' words."""
+def start(folder: Path, words: Sequence[str] = WORDS, size: int = SIZE, patch: int = PATCH, depth: int = 2) -> None:
+    """A LLaVA with random weights: `depth` blocks of tower and of language model; if not told, 36 patches and scenes' words.
+
+    `words` begin as `WORDS` do.
+    """
     import transformers as hf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    split = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
-    maker = hf.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    maker = hf.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     processor = hf.LlavaProcessor(
-        maker, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        maker, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=CHAT,
     )  # fmt: skip
-    blocks = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blocks = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+    }
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**blocks, image_size=SIZE, patch_size=PATCH),
-        text_config=hf.LlamaConfig(**blocks, vocab_size=len(WORDS), pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        image_token_id=WORDS.index("<image>"), vision_feature_layer=-1,
+        vision_config=hf.CLIPVisionConfig(**blocks, image_size=size, patch_size=patch),
+        text_config=hf.LlamaConfig(**blocks, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        image_token_id=words.index("<image>"), vision_feature_layer=-1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
