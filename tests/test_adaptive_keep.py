@@ -475,6 +475,8 @@ def test_unlike_without_likeness_is_the_highest_logits_and_a_twin_waits():
 def test_a_patch_that_shows_a_word_of_the_prompt_is_ranked_first():
     torch.manual_seed(0)
     question, words = Question(32), torch.randn(1, 5, 32)
+    old = question.state_dict() | {"gain": torch.tensor(20.0)}  # as it was saved before it could be sharded
+    question.load_state_dict(old)
     patches = torch.randn(1, 9, 32)
     patches[0, 4] = words[0, 2] * 3
     real = torch.ones(1, 5, dtype=torch.bool)

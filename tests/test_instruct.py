@@ -1,14 +1,11 @@
-"""Instruction tuning: what its stages train, exact resume, two processes as one, and folders that come back whole."""
+"""Instruction tuning: what its stages train, exact resume, and folders that come back whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from winnow._llava import load_llava
 from winnow.data.conversations import IMAGE, open_conversations
 from winnow.tasks.instruct import Instruct, Training
 from winnow.train import load_recipe
-from winnow.train.progress import read_log
 from winnow.train.step import Stepper
 from winnow.train.stop import Stopped
 
@@ -58,9 +54,23 @@ def test_the_loss_is_transformers_own_and_reduced_labels_follow(recipe_file):
         theirs = training.model(
             input_ids=ids, attention_mask=mask, pixel_values=pixels[:, 0][images > 0], labels=labels
         ).loss
-        assert float(module(*inputs)["loss"]) == pytest.approx(float(theirs), rel=1e-5)
+        assert float(module(*inputs)["loss"].detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
         if method:
             winnow.restore(training.model)
+
+
+def test_text_alone_goes_through_every_layer_once_and_is_what_it_is_alone(recipe_file):
+    """Sharded weights are gathered in forwards: one more than another process has would wait for ever."""
+    training = Training(load_recipe(recipe_file))
+    inputs = training.inputs(training.joined([training.set[i] for i in (6, 7)]), 0, torch.device("cpu"))
+    calls = []
+    for layer in (training.model.model.vision_tower.encoder.layers[0], training.model.model.language_model.layers[0]):
+        layer.register_forward_hook(lambda *args: calls.append(1))
+    loss = training.module(*inputs)["loss"].detach()
+    assert calls == [1, 1]
+    ids, mask, labels = inputs[:3]
+    theirs = training.model(input_ids=ids, attention_mask=mask, labels=labels).loss.detach()
+    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
 
 
 def test_parts_of_a_batch_and_recomputed_blocks_are_the_whole(recipe_file, tmp_path):
@@ -194,29 +204,6 @@ def test_a_run_cut_in_the_middle_goes_on_to_the_bit(recipe_file, tmp_path, monke
     one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
     assert any(key.startswith("reducer.") for key in other)
     assert all(torch.equal(one[key], other[key]) for key in other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sets", RUNS.values(), ids=RUNS)
-def test_two_processes_are_one(recipe_file, tmp_path, sets):
-    """Batches of one modality and mixed ones, where a process may have text alone; noise, and every part learning."""
-    here = str(Path(__file__).parent)
-    script = f"import sys; from pathlib import Path; sys.path.insert(0, {here!r}); from instruct_vlm import run\n"
-    (tmp_path / "run.py").write_text(script + "run(*map(Path, sys.argv[1:3]), *sys.argv[3:])")
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    words = (str(tmp_path / "run.py"), str(recipe_file), str(tmp_path / "both"), *sets)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    run(recipe_file, tmp_path / "alone", *sets)
-    alone, both = (read_log(tmp_path / where / "log.jsonl") for where in ("alone", "both"))
-    assert both[-1]["processes"] == 2
-    for a, b in zip(alone, both, strict=True):
-        if a["event"] == "step":
-            assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=1e-5)
-            assert b["top1"] == a["top1"]
-        if a["event"] == "epoch":
-            assert b["val"] == pytest.approx(a["val"], rel=1e-4) and b["val_tokens"] == a["val_tokens"]
 
 
 def test_a_frozen_language_model_is_there_after_a_resume(recipe_file, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from winnow.train.loop import train
 from winnow.train.optim import optimizer_of, rate
 from winnow.train.progress import read_log
 from winnow.train.recipe import SchedulePart, describe
-from winnow.train.step import Stepper
+from winnow.train.step import Stepper, check_sharding, check_shards
 from winnow.train.stop import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -406,29 +406,32 @@ def test_two_processes_are_one(recipe_file, tmp_path):
     assert row.accuracy.hits == alone.accuracy.hits and row.counts == alone.counts
 
 
-SHARDING = """
-import sys, torch
-from accelerate import Accelerator
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+SHARDING = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from sharded import shard
 from winnow.cli import main
-
-def prepare(self, module, optimizer):  # as Accelerate does on GPUs; on CPUs its plugin would silently give DDP
-    names = {id(p): name for name, p in module.named_parameters()}
-    mesh = init_device_mesh("cpu", (2,))
-    for block in module.model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    now = dict(module.named_parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [now[names[id(p)]] for p in group["params"]]
-    assert isinstance(module, FSDPModule) and isinstance(now["model.head.weight"], torch.distributed.tensor.DTensor)
-    return module, optimizer
-
-if __name__ == "__main__":
-    Accelerator.prepare = prepare
-    main()
+shard("Block")
+main()
 """
+
+
+@pytest.mark.parametrize(("kind", "fsdp2"), [("DEEPSPEED", False), ("FSDP", False)])
+def test_other_shards_are_refused_with_what_does_the_same(kind, fsdp2):
+    with pytest.raises(ValueError, match="fsdp_version: 2 does what DeepSpeed's ZeRO-3 does"):
+        check_sharding(kind, fsdp2)
+    check_sharding("FSDP", True)
+    check_sharding("MULTI_GPU", False)
+
+
+def test_what_cannot_be_sharded_is_refused(recipe_file):
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"optim\.ema needs whole weights"):
+        check_shards(layer, tiny(recipe_file, "optim.ema=0.9"))
+    check_shards(layer, tiny(recipe_file))
+    layer.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="cannot shard logit_scale, which has no dimensions"):
+        check_shards(layer, tiny(recipe_file))
 
 
 @pytest.mark.slow

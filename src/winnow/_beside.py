@@ -17,6 +17,9 @@ from ._reading import Seen, reading
 from ._run import Slot
 from .attention import attend
 
+TOKEN = frozenset({"token", "token_read"})
+"""Of `Facts.needs`: it reads patches, or they read it, too."""
+
 
 def enter(slot: Slot, *args: Any, begin: Callable[..., Tensor], **words: Any) -> Tensor:
     """The tower's embeddings [I, K+N, C] and, behind them, the reducer's token."""
@@ -27,20 +30,28 @@ def enter(slot: Slot, *args: Any, begin: Callable[..., Tensor], **words: Any) ->
     return torch.cat([x, token[:, None].to(x.dtype)], 1)
 
 
-def beside(slot: Slot, x: Tensor, *args: Any, index: int, view: BlockView, gives: bool, **words: Any) -> Any:
-    """A block on the image's tokens alone; the token reads them in a row of its own, and nothing reads it."""
-    seat: Any = slot.seat
-    now, block = seat.now, slot.module
-    if index == 0:
-        x, now.token = x[:, :-1].contiguous(), x[:, -1:]
+def beside(slot: Slot, x: Tensor, *args: Any, view: BlockView, gives: bool, **words: Any) -> Any:
+    """A block on the image's tokens alone; the token, behind them, reads them in a row of its own, and nothing reads it.
+
+    It comes and goes with them: what is in neither input nor output of a block, a sharded block gives up too early.
+    """
+    block = slot.module
+    x, token = x[:, :-1].contiguous(), x[:, -1:]
     found: list[Seen] = []
     words.pop("attention_mask", None)  # the tower's own, for one token more; it hides nothing
     with reading(block, found.append, graph=True):
         out = type(block).forward(block, x, None, *args[1:], **words)  # type: ignore[call-arg]
-    now.token = _row(view, block, now.token, found[0])
+    seen = out[0] if isinstance(out, tuple) else out
     if gives:
-        now.cls = (out[0] if isinstance(out, tuple) else out)[:, 0]
-    return out
+        slot.seat.now.cls = seen[:, 0]  # type: ignore[attr-defined]
+    both = torch.cat([seen, _row(view, block, token, found[0])], 1)
+    return (both, *out[1:]) if isinstance(out, tuple) else both
+
+
+def leave(slot: Slot, x: Tensor, *args: Any, **words: Any) -> Any:
+    """The block behind those that the token passes: the image's tokens go on without it."""
+    words.pop("attention_mask", None)
+    return type(slot.module).forward(slot.module, x[:, :-1].contiguous(), None, *args[1:], **words)  # type: ignore[call-arg]
 
 
 def _row(view: BlockView, block: nn.Module, token: Tensor, seen: Seen) -> Tensor:

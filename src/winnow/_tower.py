@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._beside import asked
+from ._beside import TOKEN, asked
 from ._reading import Seen, reading
 from ._run import Slot
 from .attention import received, rows
@@ -47,7 +47,7 @@ def project(slot: Slot, features: Tensor) -> Tensor:
     run = partial(type(projector).forward, projector)
     where, needs = seat.facts.where, seat.facts.needs
     after = "projected" in needs or ("training_projected" in needs and seat.reducer.training)
-    if "token_read" in needs:
+    if needs & TOKEN:
         features, seat.now.token = features[:, :-1].contiguous(), features[:, -1:]
     if where == "tower":
         tokens = reduce(seat, run(features), features) if after else reduce(seat, features)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._beside import among, beside, enter
+from ._beside import TOKEN, among, beside, enter, leave
 from ._columns import Columns
 from ._decoder import decode
 from ._host import Host, Patch
@@ -25,7 +25,6 @@ from .ways import Way
 INSIDE = ("block", "between", "input")
 """Where a method acts inside the tower."""
 SIGNALS = frozenset("queries keys values cls_attention received".split())
-TOKEN = frozenset({"token", "token_read"})
 DRAWN = frozenset({"noise", "training_noise", "padding"})
 
 
@@ -174,8 +173,9 @@ def _passed(vlm: Vlm, facts: Facts) -> list[Patch]:
     blocks, views = vlm.tower.blocks[: vlm.made + 1], vlm.tower.views
     gives = [("cls" in facts.needs) and at == vlm.made for at in range(len(blocks))]
     if "token" in facts.needs:
-        apart = [partial(beside, index=at, view=views[at], gives=gives[at]) for at in range(len(blocks))]
-        return [Patch(block, "forward", one) for block, one in zip(blocks, apart)]
+        apart = [partial(beside, view=views[at], gives=gives[at]) for at in range(len(blocks))]
+        after = [Patch(block, "forward", leave) for block in vlm.tower.blocks[vlm.made + 1 :][:1]]
+        return [Patch(block, "forward", one) for block, one in zip(blocks, apart)] + after
     ends = {at: (facts.first and at == 0, facts.first and at == vlm.made) for at in (0, vlm.made)}
     return [
         Patch(blocks[at], "forward", partial(among, first=first, last=last, gives=gives[at]))

@@ -24,7 +24,7 @@ from ..measure import accuracy_of, record
 from ..measure.accuracy import wilson
 from ..measure.zero_shot import class_features, classes_of, retrieval, templates_of
 from ..reducer import Method
-from ..tasks.classify import reducer_weights
+from ..tasks._reducer import reducer_weights
 from . import _options as o
 from ._progress import Progress
 

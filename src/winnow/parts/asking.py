@@ -47,9 +47,10 @@ class Question(nn.Module):
 
     def __init__(self, wide: int) -> None:
         super().__init__()
-        self.channels, self.gain = nn.Parameter(torch.ones(wide)), nn.Parameter(torch.tensor(GAIN))
+        self.channels, self.gain = nn.Parameter(torch.ones(wide)), nn.Parameter(torch.tensor([GAIN]))
         self.word = nn.Linear(wide, 1)
         nn.init.zeros_(self.word.weight)
+        self.register_load_state_dict_pre_hook(_with_dimension)
 
     def forward(self, patches: Tensor, words: Tensor, real: Tensor, valid: Tensor | None) -> Tensor:
         """[B, N, D] of which some are `valid` [B, N], words [B, L, D] of which some are `real` [B, L] -> [B, N] float32"""
@@ -65,3 +66,9 @@ class Question(nn.Module):
     def macs(self, n: int, text: int) -> float:
         """Of n patches and `text` words."""
         return (n + 1) * text * len(self.channels)
+
+
+def _with_dimension(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights saved before they could be sharded, which takes a dimension to shard."""
+    if (gain := state.get(f"{prefix}gain")) is not None:
+        state[f"{prefix}gain"] = gain.reshape(1)

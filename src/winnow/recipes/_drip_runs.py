@@ -16,12 +16,12 @@ import torch
 import winnow
 
 from .. import models
-from .._parse import parse
 from .._reduce import is_reduced
 from .._weights import read_weights
 from ..data import Images, open_images
 from ..data.batches import batches
 from ..methods.drip import DRIP
+from ..tasks._reducer import reduce_by
 from ..train.progress import read_log
 from ..train.recipe import Recipe, load_recipe
 
@@ -84,10 +84,7 @@ def _start(recipe: Recipe, **source: Any) -> models.LoadedModel:
         part.name, num_classes=part.num_classes, options=part.options, size=size, seed=recipe.seed, new_head=True, bare=True,
         **source,
     )  # fmt: skip
-    if recipe.method:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)
-            winnow.reduce(loaded.model, parse(recipe.method))
+    reduce_by(loaded.model, recipe)
     return loaded
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch.utils.data import DataLoader
 import winnow
 
 from .._reduce import is_reduced, seat_of
-from .._save import trained_reducer
 from ..data.batches import Batch, Cached, cached
 from ..data.images import check_labels
 from ..data.readers import open_images
@@ -27,6 +25,7 @@ from ..measure import record
 from ..measure._evaluating import output_of
 from ..measure.tally import Tally
 from ..models import load_model
+from ._reducer import reduce_by, reducer_weights, tied
 
 if TYPE_CHECKING:
     from ..train.recipe import Recipe, Source
@@ -104,9 +103,7 @@ class Classify(nn.Module):
             reducer = winnow.reducer_of(self.model)
             losses = reducer.loss()
             found |= {name: value.detach() for name, value in (losses | reducer.metrics()).items()}
-            # parameters that this forward did not use must still have a gradient, or DDP waits for them
-            tied = [p.sum() for p in reducer.parameters() if p.requires_grad]
-            loss = loss + sum(losses.values()) + 0 * sum(tied)
+            loss = loss + sum(losses.values()) + tied(reducer.parameters())
         return {"loss": loss, **found}
 
     def train(self, mode: bool = True) -> Classify:
@@ -147,10 +144,7 @@ class Training:
         if len(self.train_images) < recipe.batch:
             raise ValueError(f"batch={recipe.batch} is more than the {len(self.train_images)} training images")
         self.spec, self.weights, self.model = loaded.spec, loaded.weights_hash, loaded.model
-        if recipe.method is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
-                winnow.reduce(self.model, winnow.parse(recipe.method))
+        reduce_by(self.model, recipe)
         reducer_weights(self.model, part.weights)
         if recipe.optim.checkpoint:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -236,13 +230,3 @@ def training(recipe: Recipe) -> Training:
 
 def _open(source: Source):
     return open_images(source.path, split=source.split, limit=source.limit)
-
-
-def reducer_weights(model: nn.Module, path: Path | None) -> None:
-    """The reducer's weights from the file the run starts from, where it has them; its method may be another."""
-    found = None if path is None else trained_reducer(path.expanduser())
-    if found is None:
-        return
-    if not is_reduced(model):
-        raise ValueError(f"{path} was trained with a reducer: give its method, e.g. --set 'method=DRIP(rate=0.25)'")
-    found.fill(model)

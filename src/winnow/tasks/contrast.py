@@ -25,7 +25,7 @@ from ..data.pairs import PairSet, groups, open_pairs
 from ..data.readers import open_images
 from ..measure import record
 from ..measure.zero_shot import class_features, classes_of, retrieval, templates_of
-from .classify import reducer_weights
+from ._reducer import reduce_by, reducer_weights, tied
 
 if TYPE_CHECKING:
     from ..data.images import Images
@@ -65,8 +65,7 @@ class Contrast(nn.Module):
         contrastive = self._loss(image, text)
         loss = contrastive + sum(losses.values())
         if is_reduced(self.model):
-            # parameters that this forward did not use must still have a gradient, or DDP waits for them
-            loss = loss + 0 * sum(p.sum() for p in winnow.reducer_of(self.model).parameters() if p.requires_grad)
+            loss = loss + tied(winnow.reducer_of(self.model).parameters())
         shown = {name: value.detach() for name, value in (losses | metrics).items()}
         shown |= {} if failed is None else {"failed": failed.sum() / len(failed)}
         return {"loss": loss, "contrastive_loss": contrastive, "logit_scale": self.model.logit_scale.exp(), **shown}
@@ -126,10 +125,7 @@ class Training:
             mean=recipe.data.mean, std=recipe.data.std, options=part.options,
         )  # fmt: skip
         self.spec, self.weights, self.model, self.clip = clip.spec, clip.weights_hash, clip.model, clip
-        if recipe.method is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
-                winnow.reduce(self.model, winnow.parse(recipe.method))
+        reduce_by(self.model, recipe)
         reducer_weights(self.model, weights)
         if recipe.optim.checkpoint:
             self.model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -260,11 +256,12 @@ def _labelled(source: Source) -> Images:
 
 def _refuse(recipe: Recipe) -> None:
     """Keys of classification that would be ignored here."""
+    classes = type(recipe.model).model_fields["num_classes"].default  # a run's recipe.yaml says every key
     set_ = {
         "freeze": recipe.freeze != "none", "label_smoothing": recipe.label_smoothing, "model.drop": recipe.model.drop,
         "model.drop_path": recipe.model.drop_path, "augment.mixup": recipe.augment.mixup,
         "augment.cutmix": recipe.augment.cutmix, "augment.repeats": recipe.augment.repeats > 1,
-        "model.num_classes": "num_classes" in recipe.model.model_fields_set, "eval.crop_pct": recipe.eval.crop_pct,
+        "model.num_classes": recipe.model.num_classes != classes, "eval.crop_pct": recipe.eval.crop_pct,
         "compile": recipe.compile,
     }  # fmt: skip
     wrong = [key for key, value in set_.items() if value]

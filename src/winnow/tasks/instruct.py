@@ -25,7 +25,7 @@ from ..data.conversations import Conversations, open_conversations
 from ..data.dialogue import IGNORE, VICUNA
 from ..data.instruct import ConversationSet, Grouped, Speech, joined
 from ..measure import record
-from .classify import reducer_weights
+from ._reducer import reduce_by, reducer_weights, tied
 
 if TYPE_CHECKING:
     from ..train.recipe import InstructPart, Recipe, Source
@@ -36,11 +36,12 @@ MOST_BLOCKS = 1024
 
 
 class Instruct(nn.Module):
-    """The model with its loss: forward(ids, mask, labels, pixels, images, scale) -> {"loss", "lm_loss", "top1", ...}.
+    """The model with its loss: forward(ids, mask, labels, pixels, images, scale, share) -> {"loss", "lm_loss", ...}.
 
     ids, mask, labels int64 [B, L], IGNORE where nothing is learned; pixels [B, most, 3, H, W] of which images [B] are
-    there; scale [B] is global batch size / labelled tokens of the global batch, so that every token counts the same
-    however the batch is split. Of each sample also, for evaluation, [B]: `nll` (summed), `tokens`, `right`.
+    there; scale and share [B] are global batch size / labelled tokens and / images of the global batch, so that every
+    token, and in the reducer's losses every image, counts the same however the batch is split. Of each sample also, for
+    evaluation, [B]: `nll` (summed), `tokens`, `right`.
     """
 
     def __init__(self, model: nn.Module, learning: Mapping[str, bool | str], slots: int) -> None:
@@ -52,32 +53,32 @@ class Instruct(nn.Module):
                 parameter.requires_grad_("lora_" in key if wish == "lora" else bool(wish))
 
     def forward(
-        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor, images: Tensor, scale: Tensor
+        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor, images: Tensor, scale: Tensor, share: Tensor
     ) -> dict[str, Tensor]:
         """Every value without dimensions is for the log; top1 is the share of samples whose every token was right."""
         there = pixels[torch.arange(pixels.shape[1], device=ids.device) < images.unsqueeze(1)]
-        words: dict[str, Tensor] = {"pixel_values": there} if len(there) else {}
+        n = len(ids)
+        if not len(there):
+            ids, mask, labels, there = self._with_black(ids, mask, labels, pixels)
+        words = {"pixel_values": there}
         if is_reduced(self.model) and seat_of(self.model).facts.needs & {"text_attention", "question"}:
             words["labels"] = labels  # the rows right before each answer ask, and what is answered is not asked
-        idle = 0.0 if len(there) else self._nothing(pixels)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **words).logits
         wanted = _held(self.model, labels)[:, 1:]
         nll = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORE, reduction="none"
         )
-        nll = nll.view_as(wanted).sum(1)
-        tokens = (wanted != IGNORE).sum(1)
-        right = ((logits[:, :-1].argmax(-1) == wanted) & (wanted != IGNORE)).sum(1)
+        nll, black = nll.view_as(wanted).sum(1).tensor_split([n])
+        tokens = (wanted != IGNORE).sum(1)[:n]
+        right = ((logits[:, :-1].argmax(-1) == wanted) & (wanted != IGNORE)).sum(1)[:n]
         lm_loss = (nll * scale).mean()
         found = {"lm_loss": lm_loss, "top1": ((right == tokens) & (tokens > 0)).float().mean()}
-        loss = lm_loss + idle
+        loss = lm_loss + 0 * black.sum() + tied(self._seldom())
         if is_reduced(self.model):
             reducer = winnow.reducer_of(self.model)
             losses = reducer.loss()
             found |= {name: value.detach() for name, value in (losses | reducer.metrics()).items()}
-            loss = loss + sum(losses.values()) * bool(len(there))
-        # parameters that this forward did not use must still have a gradient, or DDP waits for them
-        loss = loss + 0 * sum(p.sum() for p in self._seldom() if p.requires_grad)
+            loss = loss + sum(losses.values()) * (images * share).mean()
         return {"loss": loss, **found, "nll": nll.detach(), "tokens": tokens, "right": right}
 
     def train(self, mode: bool = True) -> Instruct:
@@ -87,13 +88,16 @@ class Instruct(nn.Module):
             parts_of(self.model)["vision"][0].eval()
         return self
 
-    def _nothing(self, pixels: Tensor) -> Tensor:
-        """0, from a black image that a process with text alone sends through the model, so that no other waits for it."""
-        image: int = self.model.config.image_token_id  # type: ignore[union-attr, assignment]
-        ids = torch.full((1, self.slots + 1), image, device=pixels.device)
-        ids[:, -1] = self.model.config.get_text_config().eos_token_id or 0  # type: ignore[union-attr, operator]
-        black = pixels.new_zeros(1, *pixels.shape[2:])
-        return 0 * self.model(input_ids=ids, pixel_values=black, use_cache=False).logits.float().sum()
+    def _with_black(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Text alone with a row more, about a black image: every process runs every part once, and none waits for it."""
+        wide = (0, max(0, self.slots + 1 - ids.shape[1]), 0, 1)
+        ids, mask, labels = F.pad(ids, wide), F.pad(mask, wide), F.pad(labels, wide, value=IGNORE)
+        ids[-1, : self.slots] = self.model.config.image_token_id  # type: ignore[union-attr]
+        mask[-1, : self.slots + 1] = 1
+        labels[-1, self.slots] = 0  # of no weight, so any token will do
+        return ids, mask, labels, pixels.new_zeros(1, *pixels.shape[2:])
 
     def _seldom(self) -> Iterator[nn.Parameter]:
         if is_reduced(self.model):
@@ -119,10 +123,7 @@ class Training:
             projector=extra.projector, layer=extra.layer, size=extra.size, seed=recipe.seed,
         )  # fmt: skip
         self.spec, self.weights, self.model = llava.spec, llava.weights_hash, llava.model
-        if recipe.method is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe.seed)
-                winnow.reduce(self.model, winnow.parse(recipe.method))
+        reduce_by(self.model, recipe)
         if llava.trained is not None and recipe.method is None:
             raise ValueError(
                 f'{part.name} was saved with a reducer: --set "method={llava.trained.method}", or another one'
@@ -168,13 +169,13 @@ class Training:
         return iter(self._loader(self.set, place, batch_sampler=order))
 
     def inputs(self, batch: Any, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        """What `Instruct` takes; the labelled tokens of all processes are counted together."""
+        """What `Instruct` takes; the labelled tokens and the images of all processes are counted together."""
         ids, mask, labels, pixels, images, *_ = (tensor.to(device, non_blocking=True) for tensor in batch)
-        counts = torch.stack([(labels[:, 1:] != IGNORE).sum(), labels.new_tensor(len(labels))]).float()
+        counts = torch.stack([(labels[:, 1:] != IGNORE).sum(), images.sum(), labels.new_tensor(len(labels))]).float()
         if dist.is_initialized():
             dist.all_reduce(counts)
-        scale = counts[1] / counts[0].clamp_min(1)
-        return ids, mask, labels, pixels, images, scale.expand(len(ids))
+        scale, share = (counts[2] / counts[:2].clamp_min(1)).unbind()
+        return ids, mask, labels, pixels, images, scale.expand(len(ids)), share.expand(len(ids))
 
     def evaluate(self, module: nn.Module, place: Place) -> Scores:
         """Mean loss and accuracy of answer tokens told the right ones before them, and of whole answers (`top1`)."""
@@ -267,9 +268,10 @@ def _refuse(recipe: Recipe) -> None:
     """Keys of other tasks that would be ignored here."""
     from ..data.training import Augment
 
+    classes = type(recipe.model).model_fields["num_classes"].default  # a run's recipe.yaml says every key
     set_ = {
         "freeze": recipe.freeze != "none", "label_smoothing": recipe.label_smoothing, "model.drop": recipe.model.drop,
-        "model.drop_path": recipe.model.drop_path, "model.num_classes": "num_classes" in recipe.model.model_fields_set,
+        "model.drop_path": recipe.model.drop_path, "model.num_classes": recipe.model.num_classes != classes,
         "model.options": recipe.model.options, "augment": recipe.augment != Augment(), "eval.crop_pct": recipe.eval.crop_pct,
         "data.mean": recipe.data.mean, "data.std": recipe.data.std, "compile": recipe.compile,
     }  # fmt: skip

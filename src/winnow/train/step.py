@@ -40,10 +40,29 @@ def accelerator_of(device: str | None, recipe: Recipe) -> Iterator[Accelerator]:
             torch.random.fork_rng(devices=[accelerator.device.index or 0] if cuda else []),
             _steps_are_no_constants(recipe),
         ):
+            check_sharding(accelerator.distributed_type, accelerator.is_fsdp2)
             yield accelerator
         accelerator.end_training()
     finally:
         AcceleratorState._reset_state(True)  # Accelerate keeps its state in the class; another run may want another
+
+
+def check_sharding(kind: str, fsdp2: bool) -> None:
+    """ValueError where Accelerate would shard weights in a way that this loop does not know."""
+    if kind == "DEEPSPEED" or (kind == "FSDP" and not fsdp2):
+        raise ValueError(
+            "weights are sharded by FSDP2 alone: distributed_type: FSDP with fsdp_version: 2 does what DeepSpeed's ZeRO-3 "
+            "does, and with fsdp_reshard_after_forward: false what ZeRO-2 does"
+        )
+
+
+def check_shards(module: nn.Module, recipe: Recipe) -> None:
+    """ValueError where this training cannot have sharded weights."""
+    if recipe.optim.ema is not None:
+        raise ValueError("optim.ema needs whole weights on every process: use DDP, or leave it out under FSDP")
+    scalars = [name for name, parameter in module.named_parameters() if not parameter.ndim]
+    if scalars:
+        raise ValueError(f"FSDP cannot shard {scalars[0]}, which has no dimensions (as CLIP's temperature): use DDP")
 
 
 def _steps_are_no_constants(recipe: Recipe) -> AbstractContextManager[None]:
@@ -95,10 +114,10 @@ class Stepper:
             )
         self.recipe, self.task, self.accelerator, self.rate = recipe, task, accelerator, rate
         self.module = task.module.to(accelerator.device).train()
+        if "FSDP" in accelerator.distributed_type:
+            check_shards(self.module, recipe)
         self.ema = None
         if recipe.optim.ema is not None:
-            if "FSDP" in accelerator.distributed_type:
-                raise ValueError("optim.ema needs whole weights on every process: use DDP, or leave it out under FSDP")
             self.ema = averaged(self.module, recipe.optim.ema)
         self.optimizer = optimizer_of(self.module, recipe.optim)
         self.wrapped, self.prepared = accelerator.prepare(self.module, self.optimizer)
