@@ -120,6 +120,15 @@ def test_shards_are_counted_with_their_failures(shards, capsys):
     assert "49 samples, 4 failed, of 53" in capsys.readouterr().out
 
 
+def test_shards_are_listed_as_open_clip_lists_them(shards, capsys):
+    both = str(shards / "{00000..00001}.tar")
+    assert len(open_pairs(both)) == 48 and len(open_pairs(f"{both}::{shards / '00002.tar'}")) == 49
+    assert cli("data", "count", str(shards / "00000.tar"), str(shards / "00001.tar"), "--headers") == 0
+    assert "48 samples, 2 failed, of 50" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"00003\.tar \(1 of 4 are missing\)"):
+        open_pairs(str(shards / "{00000..00003}.tar"))
+
+
 def test_an_image_that_cannot_be_decoded_is_replaced_counted_and_named(shards, tmp_path, capsys):
     broken = (shards / "00000.tar").read_bytes()
     at = broken.index(picture(5))
@@ -130,7 +139,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_counted_and_named(shards, t
     run(recipe, tmp_path / "run")
     assert sum(8 * line["failed"] for line in steps(tmp_path / "run")) in (0, 1), "its step may be the epoch's rest"
     assert "left out: a: a/000000005 cannot be decoded" in capsys.readouterr().err
-    task = Training(load_recipe(recipe))
+    task = Training(load_recipe(tmp_path / "run" / "recipe.yaml"))  # the one it leaves trains as well
     assert len(task.train_pairs) == 24 and len(task.val_pairs) == 23
     found = [task.set[i] for i in range(24)]
     assert [i for _, _, i, failed in found if failed] == [4]

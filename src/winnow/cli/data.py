@@ -26,10 +26,12 @@ def _group() -> None:
 
 @app.command("count")
 def count(
-    shards: Annotated[
-        str,
+    what: Annotated[
+        list[str],
         typer.Argument(
-            help="folder of .tar shards, one .tar, a table of files and captions, or conversations: LLaVA's .json, a mixture"
+            metavar="SHARDS...",
+            help="folder of .tar shards, .tar files, a table of files and captions, or LLaVA's conversations, a mixture",
+            show_default=False,
         ),
     ],
     split: Annotated[str, typer.Option(help="sub-folder of the shards, or value of the table's column split")] = "",
@@ -50,6 +52,7 @@ def count(
     from ..data.conversations import are_conversations, open_conversations
     from ..data.pairs import open_pairs
 
+    shards = "::".join(what)
     if are_conversations(shards):
         told = open_conversations(shards, split, images=images)
         kinds = told.kinds()

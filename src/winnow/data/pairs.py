@@ -22,15 +22,16 @@ from .images import Images, UnreadableImage
 from .parquet import holds_images, open_captions
 from .readers import _Files, _lengths, open_images
 from .scenes import NAMES, captions, open_scenes
-from .shards import is_shards, open_shards
+from .shards import is_shards, listed, open_shards
 from .split import rows_of, split_of
 from .training import Decoded, drawing
 
 FILES = ("file", "filepath", "file_name", "image", "image_path", "path")
 TEXTS = ("caption", "text", "title", "TEXT")
 KINDS = (
-    "a folder of .tar shards (KEY.jpg, KEY.txt), one .tar, a .csv, .jsonl or .parquet table with a column of files and "
-    "one of captions, parquet with the images in it, COCO's captions_NAME.json, a folder of labelled images, or scenes"
+    "a folder of .tar shards (KEY.jpg, KEY.txt), one .tar, {00000..00041}.tar, a .csv, .jsonl or .parquet table with a "
+    "column of files and one of captions, parquet with the images in it, COCO's captions_NAME.json, a folder of labelled "
+    "images, or scenes"
 )
 CAPTION = "a photo of a {}."
 """Of an image that has a class and no caption."""
@@ -92,8 +93,11 @@ def open_pairs(
     path = Path(spec).expanduser()
     if spec in NAMES:
         found = _scenes(spec, name)
+    elif files := listed(spec):
+        found = _shards(files[0].parent, files, name)
     elif is_shards(path) or is_shards(path / name):
-        found = _shards(path, name)
+        files = [path] if path.is_file() else sorted((path / name).glob("*.tar"))
+        found = _shards(path, files, name)
     elif tables := _parquets(path):
         found = _stored(path, tables, name, column) or _labelled(spec, name, caption)
     elif path.is_file():
@@ -127,14 +131,12 @@ def _labelled(spec: str, split: str, caption: str) -> Pairs:
     return Pairs(images, [said[label] for label in images.labels].__getitem__)
 
 
-def _shards(path: Path, split: str) -> Pairs:
-    """All shards of the folder, or of its sub-folder `split`."""
-    folder = path / split if split else path
-    files = [path] if path.is_file() else sorted(folder.glob("*.tar"))
+def _shards(path: Path, files: Sequence[Path], split: str) -> Pairs:
     if not files:
-        raise FileNotFoundError(f"{folder} holds no .tar shards")
-    if not all(file.is_file() for file in files):
-        raise FileNotFoundError(f"no such shard: {path}")
+        raise FileNotFoundError(f"{path / split} holds no .tar shards")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"no such shard: {missing[0]} ({len(missing)} of {len(files)} are missing)")
     shards = open_shards(files)
     lengths = shards.places[:, 2].tolist()
     images = Images(path.resolve().stem, shards.keys, shards.image, lengths=lengths, split=split)

@@ -5,6 +5,7 @@ Beaumont, img2dataset, 2021. Headers are read once, so a sample is a place in a 
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,17 @@ class Shards:
         with open(self.paths[shard], "rb") as file:  # opened anew each time: safe after a fork
             file.seek(offset)
             return file.read(length)
+
+
+def listed(spec: str) -> list[Path]:
+    """The files of `laion/{00000..00041}.tar` or `a.tar::b.tar`, as webdataset and open_clip write them; [] of others."""
+    if "::" in spec:
+        return [file for part in spec.split("::") for file in listed(part) or [Path(part).expanduser()]]
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", spec)
+    if match is None:
+        return []
+    numbers = range(int(match[2]), int(match[3]) + 1)
+    return [Path(f"{match[1]}{number:0{len(match[2])}}{match[4]}").expanduser() for number in numbers]
 
 
 def is_shards(path: Path) -> bool:
