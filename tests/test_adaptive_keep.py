@@ -443,6 +443,7 @@ def test_one_training_serves_every_budget():
     assert AdaptiveKeep().trained != method
     found = at_budgets([method, few, Random(at="tower")], [1, 0.5, 4])
     assert found[:3] == [method.leaving(Keep(0.5)), method.leaving(Exactly(4)), few] and len(found) == 5
+    assert at_budgets([AdaptiveKeep.seed004()], [0.5]) == [AdaptiveKeep.seed004(0.5, 0.5)], "they are training's bounds"
 
 
 # ---- what is kept is unlike

@@ -121,18 +121,29 @@ def test_a_file_of_questions_is_answered_and_gone_on_with(folder, tmp_path, caps
     assert cli(*words, "--method", "FastV(layer=1)") == 2 and "of another model" in capsys.readouterr().err
     assert cli(*words[:-1], str(tmp_path)) == 2 and "3 of 4 images are not in" in capsys.readouterr().err
     assert cli(*words, "--prompt", "what ?") == 2 and cli("generate", "--model", f"hf:{folder}") == 2
-    asked = (
+
+
+def test_a_budget_is_for_methods_that_leave_it_open(folder, tmp_path, capsys):
+    words = [
         "generate",
         "--model",
         f"hf:{folder}",
-        "--questions",
-        words[words.index("--questions") + 1],
-        "--answers",
-        "no.jsonl",
-    )
-    for more, said in (("2", "saved with none: give --method too"), ("0", "a share up to 1")):
-        method = ("--method", "Random(at='tower')") if more == "0" else ()
-        assert cli(*asked, *method, "--budget", more) == 2 and said in capsys.readouterr().err
+        "--image",
+        str(folder / "photo.png"),
+        "--prompt",
+        "what ?",
+        "--json",
+    ]
+    words += ["--out", str(tmp_path / "kept.png"), "--tokens", "1"]
+    for method, amount, said in (
+        ((), "2", "saved with none: give --method too"),
+        (("--method", "Random(at='tower')"), "0", "a share up to 1"),
+        (("--method", "Random(Exactly(3), at='tower')"), "2", "says itself how much it keeps"),
+    ):
+        assert cli(*words, *method, "--budget", amount) == 2 and said in capsys.readouterr().err
+    for amount, left in (("2", 2), ("1", 16)):
+        assert cli(*words, "--method", "AdaptiveKeep(budget_max=0.75)", "--budget", amount) == 0
+        assert json.loads(capsys.readouterr().out)["answers"][1]["image_tokens"] == left
 
 
 def cli(*words):

@@ -123,21 +123,27 @@ def _of(prompts: Any, size: int) -> dict[str, Any]:
 
 
 def at_budgets(methods: Sequence[Method], budgets: Sequence[float]) -> list[Method]:
-    """Each method once for each budget, if it takes one or has a setting `keep`, and that is its default; else as it is.
+    """Each method once for each budget, if it is `open_to` one; else as it is.
 
     budgets: shares of the image tokens up to 1 (at which nothing is removed: that is the plain row), whole numbers above.
     """
-    amounts = [_amount(budget) for budget in budgets if budget != 1]
+    amounts = [amount_of(budget) for budget in budgets if budget != 1]
     out: list[Method] = []
     for method in methods:
-        keep = method.__dataclass_fields__.get("keep")  # type: ignore[attr-defined]
-        open_ = keep is not None and method.keep == keep.default  # type: ignore[attr-defined]
-        open_ = amounts and (open_ or (method.facts.budgeted and method == method.trained))
-        out += [method.leaving(amount) for amount in amounts] if open_ else [method]
+        out += [method.leaving(amount) for amount in amounts] if amounts and open_to(method) else [method]
     return list(dict.fromkeys(out))
 
 
-def _amount(budget: float) -> Keep | Exactly:
+def open_to(method: Method) -> bool:
+    """Whether the method's spelling leaves the amount to others: `keep` is its default, or its budgets are a range."""
+    if method.facts.budgeted:
+        return method.budget_min != method.budget_max  # type: ignore[attr-defined]
+    keep = method.__dataclass_fields__.get("keep")  # type: ignore[attr-defined]
+    return keep is not None and method.keep == keep.default  # type: ignore[attr-defined]
+
+
+def amount_of(budget: float) -> Keep | Exactly:
+    """A share up to 1, a whole number of image tokens above; ValueError otherwise."""
     if budget <= 1:
         return Keep(budget)
     if budget != int(budget):
@@ -145,4 +151,4 @@ def _amount(budget: float) -> Keep | Exactly:
     return Exactly(int(budget))
 
 
-__all__ = ["VlmComparison", "at_budgets"]
+__all__ = ["VlmComparison", "amount_of", "at_budgets", "open_to"]

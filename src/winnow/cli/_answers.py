@@ -20,7 +20,7 @@ import winnow
 
 from .._question import tell
 from .._vlm_model import ask, bare_vlm
-from ..compare_vlm import at_budgets
+from ..compare_vlm import amount_of, open_to
 from ..data.llava_eval.answers import Question, questions, records
 from ..reducer import Method
 from ..view import vlm as kept
@@ -40,7 +40,9 @@ class Answering:
             raise ValueError(f"--budget {budget:g} is for a method, and {spec} was saved with none: give --method too")
         if budget is not None and budget <= 0:
             raise ValueError(f"--budget {budget:g}: a share up to 1, or a number of image tokens above")
-        self.methods = found if budget is None else at_budgets(found, [budget])
+        if budget is not None and not any(map(open_to, found)):
+            raise ValueError(f"--budget {budget:g}: {found[0]} says itself how much it keeps; leave one of the two out")
+        self.methods = [one.leaving(amount_of(budget)) if budget is not None and open_to(one) else one for one in found]
         self.vlm.to(device)
         self.spec, self.tokens, self.device = spec, tokens, device
 
