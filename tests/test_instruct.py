@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from instruct_vlm import changed, lines, run
+from instruct_vlm import build, changed, lines, run, write_json, write_recipe
 from safetensors.torch import load_file
 
 import winnow
@@ -150,6 +150,18 @@ def test_what_does_not_fit_is_refused_before_training(recipe_file, tmp_path, tex
         run(recipe_file, tmp_path / "run", text, *more)
     assert said_ in str(error.value) and "\n" not in str(error.value)
     assert not lines(tmp_path / "run")
+
+
+def test_an_image_that_cannot_be_decoded_is_counted_and_a_cut_answer_is_not_right(tmp_path, capsys):
+    build(tmp_path)
+    write_json(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"junk")
+    row = run(write_recipe(tmp_path), tmp_path / "run")
+    assert sum(4 * line["failed"] for line in lines(tmp_path / "run")) == 1 and row.data.n == 4
+    assert "left out of val: i0 cannot be decoded" in capsys.readouterr().err
+    task = Training(load_recipe(tmp_path / "run" / "recipe.yaml"))
+    nll, tokens, right = torch.tensor([[1.0, 1, 1, 0], [2, 2, 2, 0], [2, 2, 1, 0]])
+    assert task._metrics(nll, tokens, right)["top1"] == 0.5
 
 
 def test_one_dialogue_among_many_captions_is_found_before_training(folder, recipe_file, tmp_path):

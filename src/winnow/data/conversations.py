@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .images import UnreadableImage
 from .llava_eval.answers import whole
 from .sample import IMAGE, Sample
 from .scene_talk import BUILT_IN
@@ -54,6 +55,21 @@ class Conversations:
         for sample in self.samples:
             digest.update(f"{sample.key}\0{sample.turns}\0{len(sample.images)}\n".encode())
         return digest.hexdigest()[:16]
+
+    def sound(self) -> tuple[Conversations, list[str]]:
+        """Only samples whose images can be decoded (each is, once), and what is wrong with the others."""
+        good, wrong = [], list[str]()
+        for sample in self.samples:
+            try:
+                sample.pictures()
+                good.append(sample)
+            except UnreadableImage as error:
+                wrong.append(str(error))
+        if not good:
+            raise ValueError(
+                f"{self.name}: none of {len(self)} conversations has images that can be decoded: {wrong[0]}"
+            )
+        return (replace(self, samples=good) if wrong else self), wrong
 
     def kinds(self) -> dict[str, int]:
         """Samples by kind, most first."""

@@ -53,8 +53,9 @@ class Instruct(nn.Module):
                 parameter.requires_grad_("lora_" in key if wish == "lora" else bool(wish))
 
     def forward(
-        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor, images: Tensor, scale: Tensor, share: Tensor
-    ) -> dict[str, Tensor]:
+        self, ids: Tensor, mask: Tensor, labels: Tensor, pixels: Tensor, images: Tensor, scale: Tensor, share: Tensor,
+        failed: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Every value without dimensions is for the log; top1 is the share of samples whose every token was right."""
         there = pixels[torch.arange(pixels.shape[1], device=ids.device) < images.unsqueeze(1)]
         n = len(ids)
@@ -72,7 +73,8 @@ class Instruct(nn.Module):
         tokens = (wanted != IGNORE).sum(1)[:n]
         right = ((logits[:, :-1].argmax(-1) == wanted) & (wanted != IGNORE)).sum(1)[:n]
         lm_loss = (nll * scale).mean()
-        found = {"lm_loss": lm_loss, "top1": ((right == tokens) & (tokens > 0)).float().mean()}
+        found = {"lm_loss": lm_loss, "top1": _whole(right, tokens).float().mean()}
+        found |= {} if failed is None else {"failed": failed.float().mean()}
         loss = lm_loss + 0 * black.sum() + tied(self._seldom())
         if is_reduced(self.model):
             reducer = winnow.reducer_of(self.model)
@@ -115,6 +117,7 @@ class Training:
         part, extra = recipe.model, recipe.instruct
         self.recipe = recipe
         self.told, self.asked = (_open(source, extra) for source in (recipe.data.train, recipe.data.val))
+        self.asked, lost = self.asked.sound()
         if len(self.told) < recipe.batch:
             raise ValueError(f"batch={recipe.batch} is more than the {len(self.told)} training conversations")
         weights = None if part.weights is None else part.weights.expanduser()
@@ -138,6 +141,7 @@ class Training:
         self.module = Instruct(self.model, extra.train.model_dump(), llava.slots)
         self.data = record.Data(name=self.asked.name, split=self.asked.split, n=len(self.asked), hash=self.asked.hash)
         self.notes = [f"{name}: {_counted(one)}" for name, one in (("train", self.told), ("val", self.asked))]
+        self.notes += [f"left out of val: {line}" for line in lost]
         speech = Speech(
             llava.processor, extra.template, llava.slots, extra.max_length, partial(llava.pixels, pad=extra.pad)
         )
@@ -170,12 +174,12 @@ class Training:
 
     def inputs(self, batch: Any, step: int, device: torch.device) -> tuple[Tensor, ...]:
         """What `Instruct` takes; the labelled tokens and the images of all processes are counted together."""
-        ids, mask, labels, pixels, images, *_ = (tensor.to(device, non_blocking=True) for tensor in batch)
+        ids, mask, labels, pixels, images, _, failed = (tensor.to(device, non_blocking=True) for tensor in batch)
         counts = torch.stack([(labels[:, 1:] != IGNORE).sum(), images.sum(), labels.new_tensor(len(labels))]).float()
         if dist.is_initialized():
             dist.all_reduce(counts)
         scale, share = (counts[2] / counts[:2].clamp_min(1)).unbind()
-        return ids, mask, labels, pixels, images, scale.expand(len(ids)), share.expand(len(ids))
+        return ids, mask, labels, pixels, images, scale.expand(len(ids)), share.expand(len(ids)), failed
 
     def evaluate(self, module: nn.Module, place: Place) -> Scores:
         """Mean loss and accuracy of answer tokens told the right ones before them, and of whole answers (`top1`)."""
@@ -204,7 +208,7 @@ class Training:
                     executed = executed or list(map(float, run.counts))
         nll, tokens, right = place.total(found).unbind()
         kept = _tokens(counts, place) if is_reduced(inner) else None
-        return Scores(self._metrics(nll, tokens, right), kept, (right == tokens).cpu().numpy(), executed)
+        return Scores(self._metrics(nll, tokens, right), kept, _whole(right, tokens).cpu().numpy(), executed)
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """The trained model as a Hugging Face folder that `winnow.load_vlm` opens, reducer and all."""
@@ -215,7 +219,7 @@ class Training:
     def _metrics(self, nll: Tensor, tokens: Tensor, right: Tensor) -> dict[str, float]:
         metrics = {
             "loss": float(nll.sum() / tokens.sum()),
-            "top1": float((right == tokens).double().mean()),
+            "top1": float(_whole(right, tokens).double().mean()),
             "token_top1": float(right.sum() / tokens.sum()),
         }
         text = torch.tensor([not one.images for one in self.asked.samples], device=nll.device)
@@ -235,6 +239,11 @@ class Training:
 def training(recipe: Recipe) -> Training:
     """The instruction-tuning task of a recipe."""
     return Training(recipe)
+
+
+def _whole(right: Tensor, tokens: Tensor) -> Tensor:
+    """[n] bool: every token of the answer was right; an answer that was cut off is not."""
+    return (right == tokens) & (tokens > 0)
 
 
 def _held(model: nn.Module, labels: Tensor) -> Tensor:
