@@ -63,11 +63,12 @@ def test_rows_are_read_by_weights(rows, tmp_path):
     assert "2.5 (0.100)" not in text, "a budget of 0.3 is none of the page's"
 
 
-@pytest.mark.parametrize("arm", [*adaptive.MAIN, *adaptive.ABLATIONS])
+@pytest.mark.parametrize("arm", [*adaptive.MAIN, *adaptive.ABLATIONS, *adaptive.AGAIN])
 def test_how_a_controller_is_trained(arm):
     """Only the controller learns; where the question is read, one is asked at a time and twice as long."""
     recipe = adaptive.recipe_of(arm, adaptive.Wish(steps=10))
-    method = (adaptive.MAIN | adaptive.ABLATIONS)[arm]
+    method = (adaptive.MAIN | adaptive.ABLATIONS | adaptive.AGAIN)[arm]
+    assert recipe.seed == int(arm[-1] if arm in adaptive.AGAIN else 0)
     assert recipe.method == repr(method) and recipe.model.name == adaptive.MODEL
     assert not any((recipe.instruct.train.vision, recipe.instruct.train.projector, recipe.instruct.train.llm))
     assert recipe.data.train.path == ("scenes" if method.text else "scene_dialogues")

@@ -31,13 +31,17 @@ __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "V
 
 LOWEST, HIGHEST = 0.0625, 1.0
 """Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
+TRIES = 4
+"""Copies of a sample in a batch of train="tries"."""
+EVEN = 0.02
+"""Tries whose losses differ by much less than this teach nothing."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": ("encoder", "after"),
     "read": ("one_way", "both"),
     "cls": (True, False, "host"),
     "select": SELECTS,
     "head": HEADS,
-    "train": ("gather", "mask", "zero"),
+    "train": ("gather", "mask", "zero", "tries"),
     "place": ("last", "first"),
     "position": ("own", "borrowed"),
     "join": ("attention", "concat"),
@@ -65,12 +69,14 @@ class AdaptiveKeep(Method):
     """Whether the class token is handed to the projector; "host": as the host does, and LLaVA does not."""
     select: str = "topk"
     """One draw; "sequential": K draws, one after another (AdaLLaVA's; as many softmaxes); "diverse": high logits unlike what
-    was taken before (a determinantal point process, as CDPruner's), so that no object is taken twice."""
+    was taken before (a determinantal point process, as CDPruner's, of what the language model is given), so that no object
+    is taken twice."""
     tau: float = 5.0
     head: str = "patch"
     """"patch" and "dot" rank each patch by itself, on any grid; "index": one weight per place of the tower's own grid."""
     train: str = "gather"
-    """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero")."""
+    """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero"). "tries":
+    they leave, and four choices that differ in the patch taken last are judged by what the language model makes of each."""
     text: bool = False
     """Patches are ranked for the question, too: by the word of the prompt that each, behind the projector, is most alike."""
     conditioned: bool = True
@@ -115,6 +121,7 @@ class AdaptiveKeep(Method):
             needs.add("token" if self.read == "one_way" else "token_read")
         needs |= {"cls"} if self.cls is True else set()
         needs |= {"question", "projected"} if self.text else set()
+        needs |= {"projected"} if self.select == "diverse" and self.cls is not True else set()
         needs |= {"training_projected"} if self.train == "mask" else set()
         return Facts(
             combine="other" if self.cls is True else "none", needs=frozenset(needs), where="tower", learned=True,
@@ -175,8 +182,9 @@ class AdaptiveKeepReducer(Reducer):
             raise ValueError(f'{method} needs a model with one grid; use head="patch" or "dot"')
         self.budget_embedding = BudgetEmbedding(width)
         self.vision_token_controller = VisionTokenController(
-            width, patches or 0, method.tau, method.cls is True, head=method.head, select=method.select
-        )
+            width, patches or 0, method.tau, method.cls is True, head=method.head, select=method.select,
+        )  # fmt: skip
+        self.tries = TRIES if method.train == "tries" else 1
         if method.fuse == "encoder" and method.position == "own":
             self.budget_pos_embed = nn.Parameter(SPREAD * torch.randn(1, 1, width))
         self.cross = Cross(width, heads) if method.fuse == "after" and method.join == "attention" else None
@@ -225,13 +233,15 @@ class AdaptiveKeepReducer(Reducer):
         logits = self._logits(seen, tokens, signals, budget)
         more = {"score": logits.detach()} if signals.watched else {}
         if self.training:
-            out = self._drawn(tokens, seen, logits, budget, signals.noise, more)
+            out = self._drawn(tokens, logits, budget, signals.noise, more)
         elif isinstance(budget, int) and tokens.ledger.valid is None:
             out = replace(tokens, **more)
             if budget < n:
-                out = drop(tokens, top(self.vision_token_controller.keep(logits, budget, None, seen), budget), **more)
+                out = drop(
+                    tokens, top(self.vision_token_controller.keep(logits, budget, None, tokens.x), budget), **more
+                )
         else:
-            out = _packed(tokens, self.vision_token_controller.keep(logits, budget, None, seen) > 0, budget, more)
+            out = _packed(tokens, self.vision_token_controller.keep(logits, budget, None, tokens.x) > 0, budget, more)
         return out if self.method.cls is not True else _with_class(out, signals)
 
     def _logits(self, seen: Tensor, tokens: Tokens, signals: Signals, budget: int | Tensor) -> Tensor:
@@ -254,18 +264,34 @@ class AdaptiveKeepReducer(Reducer):
         return logits if valid is None else logits.masked_fill(~valid, float("-inf"))
 
     def _drawn(
-        self, tokens: Tokens, seen: Tensor, logits: Tensor, budget: int | Tensor, noise: Tensor | None,
-        more: dict[str, Tensor],
-    ) -> Tokens:  # fmt: skip
+        self, tokens: Tokens, logits: Tensor, budget: int | Tensor, noise: Tensor | None, more: dict[str, Any]
+    ) -> Tokens:
         """A draw of training: what is kept is itself, times 1 with the gradient of the choice."""
         controller = self.vision_token_controller
+        if self.copies > 1:
+            assert noise is not None, "the core fills what Facts.needs asks for"
+            keep, chance = controller.tries(logits, budget, noise, tokens.x, self.copies)
+            return _packed(tokens, keep, budget, more | {"losses": {"tries": chance}})
         if noise is not None and self.method.select == "sequential":
             noise = _rounds(noise, int(torch.as_tensor(budget).max()))
-        kept = controller.keep(logits, budget, noise, seen)
+        kept = controller.keep(logits, budget, noise, tokens.x)
         tokens = replace(tokens, x=tokens.x * kept.to(tokens.x.dtype)[..., None])
         if self.method.train == "zero":
             return replace(tokens, order=None, losses=None, metrics=None, **more)
         return _packed(tokens, kept.detach() > 0.5, budget, more)
+
+    def loss(self, cost: Tensor | None = None) -> dict[str, Tensor]:
+        """What it would have cost to try by chance, the tries of an image measured by their own mean and spread."""
+        chance = super().loss().get("tries")
+        if chance is None or cost is None:
+            return {}
+        if cost.numel() != chance.numel():
+            raise ValueError(
+                f'{self.method}: where an image is cut into tiles train="tries" cannot tell them apart; use "gather"'
+            )
+        cost = cost.view_as(chance)
+        above = (cost - cost.mean(0)) / (cost.std(0) + EVEN)
+        return {"tries": (above * chance.softmax(0)).sum(0).mean()}
 
     def macs(self, n: int, layer: int, setting: Setting) -> float:
         """Embedding, attentions and head; the budget token's way through the tower and the question apart."""
@@ -273,7 +299,7 @@ class AdaptiveKeepReducer(Reducer):
         found += 0.0 if self.cross is None else self.cross.macs(1, n)
         m = self.count(n, layer)
         if self.method.select == "diverse" and m < n:
-            found += n * n * self.width + m * (m - 1) // 2 * n
+            found += n * n * setting.width + m * (m - 1) // 2 * n
         return found
 
     def asking(self, n: int, text: int) -> float:

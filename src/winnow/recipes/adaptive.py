@@ -37,11 +37,12 @@ SMALL = BUDGETS[-2:]
 AFTER = AdaptiveKeep(budget_max=0.5, fuse="after", train="zero")
 ENCODER = replace(AFTER, fuse="encoder")
 DIVERSE = replace(AFTER, select="diverse", train="gather")
+TRIES = replace(DIVERSE, train="tries", budget_min=2, budget_max=0.125)
 MAIN: dict[str, AdaptiveKeep] = {
     "after": AFTER,
     "encoder": ENCODER,
-    "after, diverse": DIVERSE,
-    "encoder, diverse": replace(DIVERSE, fuse="encoder"),
+    "after, tries": TRIES,
+    "encoder, tries": replace(TRIES, fuse="encoder"),
     "after, question": replace(AFTER, text=True),
     "encoder, question": replace(ENCODER, text=True),
 }
@@ -49,8 +50,11 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
     'encoder, train="gather"': replace(ENCODER, train="gather"),
     'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
+    "after, diverse": DIVERSE,
+    "encoder, diverse": replace(DIVERSE, fuse="encoder"),
     'after, diverse, train="zero"': replace(DIVERSE, train="zero"),
     'after, diverse, train="mask"': replace(DIVERSE, train="mask"),
+    'encoder, diverse, train="mask"': replace(DIVERSE, fuse="encoder", train="mask"),
     'train="gather", cls=True': replace(AFTER, cls=True, train="gather"),
     'join="concat"': replace(AFTER, join="concat"),
     'head="dot"': replace(AFTER, head="dot"),
@@ -62,6 +66,12 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
     'encoder, read="both", place="first"': replace(ENCODER, read="both", place="first"),
     'encoder, position="borrowed"': replace(ENCODER, position="borrowed"),
 }
+AGAIN = {
+    f"{arm}, seed {seed}": MAIN[arm]
+    for seed in (1, 2)
+    for arm in ("after, tries", "encoder, tries", "after, question", "encoder, question")
+}
+"""The same by other seeds."""
 ALIGN, TUNE = ("projector", "reducer"), ("vision", "projector", "llm", "reducer")
 TOGETHER: dict[str, tuple[Method, tuple[tuple[str, ...], ...]]] = {
     "DRIP(rate=0.5)": (DRIP(rate=0.5), (ALIGN, TUNE)),
@@ -90,8 +100,9 @@ class Wish:
 
 def recipe_of(arm: str, wish: Wish) -> Recipe:
     """How an arm is trained: without the question, the eight of a scene together; with it, one at a time, twice as long."""
-    method = (MAIN | ABLATIONS)[arm]
+    method = (MAIN | ABLATIONS | AGAIN)[arm]
     recipe = _recipe(method, wish, wish.model)
+    recipe.seed = int(arm.rpartition(", seed ")[2]) if arm in AGAIN else recipe.seed
     if method.text:
         recipe.data.train.limit = 2 * wish.steps * recipe.batch
         recipe.data.train.path = DATA
@@ -142,9 +153,9 @@ def run(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record
 
 
 def time(wish: Wish, results: Path, say: Say = lambda words: None) -> list[record.Row]:
-    """Rows of times to the first token, ablations left out; they want a machine that does nothing else."""
+    """Rows of times to the first token, ablations and other seeds left out; they want a machine that does nothing else."""
     for name, comparison, methods in _groups(wish, results, say):
-        for method in () if name in ABLATIONS else filter(None, methods):
+        for method in () if name in ABLATIONS | AGAIN else filter(None, methods):
             if not any(times.same(row, comparison, method, wish.batch) for row in _rows(results)):
                 say(f"time of {method}")
                 record.append(results, times.measured(comparison, method, wish.batch))
@@ -155,7 +166,7 @@ def _groups(wish: Wish, results: Path, say: Say) -> Iterator[tuple[str, VlmCompa
     """What was trained as one, trained if it was not, and what is asked of it; "" are those that learn nothing."""
     comparison = _comparison(wish, results, say)
     yield "", comparison, (None, *_at(TRIVIAL + TRAINING_FREE, BUDGETS))
-    for arm, method in (MAIN | ABLATIONS).items():
+    for arm, method in (MAIN | ABLATIONS | AGAIN).items():
         say(f"{arm}: training")
         weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
         yield arm, _with(comparison, weights), (*_at((method,), BUDGETS if arm in MAIN else SMALL),)
@@ -214,5 +225,5 @@ def write(wish: Wish, results: Path, out: Path, say: Say = lambda words: None) -
 
 def written(rows: Sequence[record.Row], out: Path) -> list[Path]:
     """OUT/adaptive.md and its curve from rows."""
-    arms = {"main": tuple(MAIN), "ablations": tuple(ABLATIONS), "together": tuple(TOGETHER)}
+    arms = {"main": tuple(MAIN), "ablations": tuple(ABLATIONS), "again": tuple(AGAIN), "together": tuple(TOGETHER)}
     return page.written(rows, arms, BUDGETS, out)
