@@ -89,7 +89,7 @@ def test_measure_fvcore_and_profile(run):
     assert code == 0
     assert "block 0" in out
     assert re.search(
-        r"ToMe\(\) spends most time in block \d+ \(\d+%\) and, of the operators, in aten::\w+ \(\d+%\)", out
+        r"ToMe\(\) spends most time in (?:block \d+|reducer) \(\d+%\) and, of the operators, in aten::\w+ \(\d+%\)", out
     )
 
 
@@ -140,7 +140,10 @@ def test_compare_resumes_and_keeps_rows(run, photos, weights, tmp_path):
     assert "ToMe(r=4)" in page
     assert "<svg" in page
 
-    code, out, err = run(*words, "-m", "ToMe(r=4)", "-m", "NormThreshold(before=(2,))", "--json")
+    with open("results/compare.jsonl", "a") as file:
+        file.write('{"schema":1,"task":"cla')  # the run was killed in the middle of a row
+    with pytest.warns(UserWarning, match="interrupted row"):
+        code, out, err = run(*words, "-m", "ToMe(r=4)", "-m", "NormThreshold(before=(2,))", "--json")
     assert code == 0
     again = record.read("results/compare.jsonl")
     assert [row.method for row in again[: len(rows)]] == [row.method for row in rows]  # none was made twice
