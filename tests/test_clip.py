@@ -30,7 +30,7 @@ from winnow.data.scenes import scene
 from winnow.measure import record
 from winnow.measure.zero_shot import retrieval, templates_of
 from winnow.models import load_model
-from winnow.tasks.contrast import Contrast, Training
+from winnow.tasks.contrast import Contrast, Training, _left_out
 from winnow.train import load_recipe
 from winnow.train.loop import train
 from winnow.train.progress import read_log
@@ -138,11 +138,12 @@ def test_an_image_that_cannot_be_decoded_is_replaced_counted_and_named(shards, t
     recipe.write_text(yaml.safe_dump(TINY | {"data": data, "contrast": {}}))
     run(recipe, tmp_path / "run")
     assert sum(8 * line["failed"] for line in steps(tmp_path / "run")) in (0, 1), "its step may be the epoch's rest"
-    assert "left out: a: a/000000005 cannot be decoded" in capsys.readouterr().err
+    assert "left out of val: a: a/000000005 cannot be decoded" in capsys.readouterr().err
     task = Training(load_recipe(tmp_path / "run" / "recipe.yaml"))  # the one it leaves trains as well
     assert len(task.train_pairs) == 24 and len(task.val_pairs) == 23
     found = [task.set[i] for i in range(24)]
     assert [i for _, _, i, failed in found if failed] == [4]
+    assert list(_left_out("x", "a" * 22))[20] == "left out of x: 2 more; winnow data count --failures names all"
     assert torch.equal(found[4][0], task.set[4][0]), "the same stand-in every time"
 
 
@@ -340,7 +341,7 @@ def test_two_processes_are_one_with_either_loss(recipe_file, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from winnow.tasks.contrast import Contrast, Training
+from winnow.tasks.contrast import Contrast, Training, _left_out
 from winnow.train import load_recipe
 from winnow.train.loop import train
 

@@ -6,7 +6,7 @@ CLIP (Radford et al., 2021), SigLIP (Zhai et al., 2023), losses by open_clip; ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 SHARPEST = math.log(100)
 """Where CLIP stops its logit scale."""
+NAMED = 20
+"""Samples that were left out and are named when a run begins."""
 
 
 class Contrast(nn.Module):
@@ -116,7 +118,7 @@ class Training:
             for source in (recipe.data.train, recipe.data.val)
         )
         self.val_pairs = self.val_pairs.sound()
-        self.notes = [f"left out: {line}" for line in (*self.train_pairs.failures, *self.val_pairs.failures)]
+        self.notes = [*_left_out("train", self.train_pairs.failures), *_left_out("val", self.val_pairs.failures)]
         if len(self.train_pairs) < recipe.batch:
             raise ValueError(f"batch={recipe.batch} is more than the {len(self.train_pairs)} training pairs")
         weights = None if part.weights is None else part.weights.expanduser()
@@ -237,6 +239,13 @@ class _Said(Dataset):
 def training(recipe: Recipe) -> Training:
     """The contrastive task of a recipe."""
     return Training(recipe)
+
+
+def _left_out(which: str, failures: Sequence[str]) -> Iterator[str]:
+    """The first of them by name, as LAION has too many to read."""
+    yield from (f"left out of {which}: {line}" for line in failures[:NAMED])
+    if len(failures) > NAMED:
+        yield f"left out of {which}: {len(failures) - NAMED:,} more; winnow data count --failures names all"
 
 
 def _loader(things: Dataset, place: Place, workers: int, **how: Any) -> DataLoader:
