@@ -25,6 +25,9 @@ BLENDED = ("epochs=2", "eval.batch=1", "seed=3")
 RUNS = {
     "stage two": (),
     "DRIP, everything": ("method=DRIP(rate=0.5, after=1)", "instruct.train.vision=true", "optim.mm_projector_lr=1e-4"),
+    "AdaptiveKeep, in parts, blocks recomputed": (
+        "method=AdaptiveKeep()", "instruct.train.vision=true", "optim.accumulate=2", "optim.checkpoint=true",
+    ),
     "AdaptiveKeep, alone": (
         "method=AdaptiveKeep(train='zero')", "instruct.train.llm=false", "instruct.train.projector=false",
         "instruct.group_by_modality_length=true",
