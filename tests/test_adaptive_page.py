@@ -29,7 +29,7 @@ def trained(arm: str, weights: str) -> record.Row:
     part = record.Training(
         recipe=arm, epochs=1, steps=120, batch=16, runtime_s=1, samples_per_s=1, steps_per_s=1, loss=0.5
     )
-    method = repr((adaptive.MAIN | adaptive.ABLATIONS)[arm])
+    method = repr((adaptive.MAIN | adaptive.ABLATIONS | adaptive.AGAIN)[arm])
     return record.Row(task="train instruct", model="hf:scenes", weights=weights, method=method, train=part)
 
 
@@ -61,6 +61,28 @@ def test_rows_are_read_by_weights(rows, tmp_path):
     assert "| `one for 1/16` | `after` | – | – | 62.5 | 30.0: 13 won, 0 lost, p = 0.00024 |" in text
     assert '| `train="gather"` | `after` | – | – | 25.0 | 30.0: 0 won, 2 lost, p = 0.5 |' in text
     assert "2.5 (0.100)" not in text, "a budget of 0.3 is none of the page's"
+
+
+def test_more_questions_and_other_seeds_stand_apart(rows, tmp_path):
+    """Rows of more questions are compared with each other alone; seeds are told by their mean and range."""
+    few, arm = Keep(0.0625), "after, tries"
+    method = adaptive.MAIN[arm].leaving(few)
+    wide = [row(DivPrune().leaving(few), 10), row(method, 36, weights="t")]
+    wide = [one.model_copy(update={"data": record.Data(name="scenes", n=N, split="more")}) for one in wide]
+    seeds = [
+        trained(arm, "t"),
+        row(method, 32, weights="t"),
+        trained(f"{arm}, seed 1", "u"),
+        row(method, 34, weights="u"),
+    ]
+    text = adaptive.written([*rows, *wide, *seeds], tmp_path)[0].read_text()
+    assert "| after, tries | 1/16 | 90.0 | 25.0 | 26 won, 0 lost, p = 3e-08 |" in text
+    assert "| after, tries | 2 | – | 82.5 (80.0 to 85.0) |" in text
+    assert "- With the question, `after, question`: significantly above at 1/16 the best that acts before" in text
+    assert (
+        "- Without the question, `after, tries`: above at 1/16 the best that acts before the language model; " in text
+    )
+    assert "significantly below at 1/16 the best inside it." in text
 
 
 @pytest.mark.parametrize("arm", [*adaptive.MAIN, *adaptive.ABLATIONS, *adaptive.AGAIN])

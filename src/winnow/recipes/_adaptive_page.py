@@ -74,9 +74,10 @@ def written(
 ) -> list[Path]:
     """OUT/adaptive.md and OUT/adaptive.png from rows; arms: names of the trainings, "main", "ablations", "again"
     (by other seeds) and "together"."""
-    asked = [row for row in rows if row.task == "compare-vlm"]
+    every = [row for row in rows if row.task == "compare-vlm"]
+    plain = next(row for row in every if row.role == "plain")
+    asked = [row for row in every if row.data == plain.data]
     trained = {row.train.recipe: row for row in rows if row.train is not None}
-    plain = next(row for row in asked if row.role == "plain")
     main, patches = arms["main"], _patches(plain)
     ours = {
         arm: _of(asked, trained[arm], budgets, patches) for names in arms.values() for arm in names if arm in trained
@@ -98,6 +99,7 @@ def written(
             _named(ours, others, [*main, *arms["together"]]), times, budgets, [_share(one, plain) for one in budgets]
         ),
         _tests(ours, others, main),
+        _more([row for row in every if row.data != plain.data], trained, main, budgets, patches),
         _seeds(ours, arms["again"]),
     ]
     parts += [_ablations(ours, methods, arms["ablations"])]
@@ -178,6 +180,27 @@ def _best(others: Found, budget: float, kinds: Sequence[str]) -> str | None:
 def _listed(budgets: Sequence[float]) -> str:
     names = [f"1/{round(1 / budget)}" for budget in budgets]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _more(
+    rows: Sequence[record.Row], trained: Mapping[str, record.Row], main: Sequence[str], budgets: Sequence[float], n: int
+) -> str:
+    """Those that were asked more questions, against each other."""
+    ours = {arm: _of(rows, trained[arm], budgets, n) for arm in main if arm in trained}
+    rivals = _others(rows, budgets, n)
+    asked = next((row.data.n for found in ours.values() for row in found.values() if row.data), None)
+    if asked is None:
+        return ""
+    lines = ["## Where so few questions cannot tell\n", f"The same on {asked:,} questions about the test scenes.\n"]
+    lines += ["| | budget | right | " + " | | ".join(f"`{name}`" for name in rivals) + " | |"]
+    lines += ["|:--|--:|--:|" + "--:|:--|" * len(rivals)]
+    for name, found in ours.items():
+        for budget, row in sorted(found.items(), reverse=True):
+            cells = [name, _listed([budget]), _right(row)]
+            for other in rivals.values():
+                cells += [_right(other.get(budget)), _test(row, other[budget]) if budget in other else "–"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _seeds(ours: Found, again: Sequence[str]) -> str:

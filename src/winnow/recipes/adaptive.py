@@ -82,6 +82,9 @@ TOGETHER: dict[str, tuple[Method, tuple[tuple[str, ...], ...]]] = {
 TRAINING_FREE: tuple[Method, ...] = (
     PruMerge(), PruMerge(plus=True), VisionZip(), DivPrune(), CDPruner(), VisPruner(), FastV(layer=2)
 )  # fmt: skip
+CLOSE: tuple[Method, ...] = (DivPrune(), CDPruner())
+BLIND = ("after, tries", "encoder, tries")
+"""Too near these for a few hundred questions to tell."""
 TRIVIAL: tuple[Method, ...] = (Random(at="tower"), Grid(at="tower"), Pool(at="tower"))
 
 
@@ -93,6 +96,8 @@ class Wish:
     """Of one controller's training; with the question, twice as many."""
     questions: int = 500
     """Of the test scenes, the first."""
+    more: int = 2000
+    """So many where those cannot tell."""
     batch: int = 25
     """Questions of a timed batch; 0 times nothing. Times want a machine that does nothing else."""
     model: str = MODEL
@@ -166,10 +171,13 @@ def _groups(wish: Wish, results: Path, say: Say) -> Iterator[tuple[str, VlmCompa
     """What was trained as one, trained if it was not, and what is asked of it; "" are those that learn nothing."""
     comparison = _comparison(wish, results, say)
     yield "", comparison, (None, *_at(TRIVIAL + TRAINING_FREE, BUDGETS))
-    for arm, method in (MAIN | ABLATIONS | AGAIN).items():
-        say(f"{arm}: training")
-        weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
-        yield arm, _with(comparison, weights), (*_at((method,), BUDGETS if arm in MAIN else SMALL),)
+    for group in (MAIN, ABLATIONS | AGAIN):
+        for arm, method in group.items():
+            say(f"{arm}: training")
+            weights = train(arm, recipe_of(arm, wish), folder(results, arm), results)
+            yield arm, _with(comparison, weights), (*_at((method,), BUDGETS if group is MAIN else SMALL),)
+        if group is MAIN:
+            yield from _more(wish, results, say)
     for arm, (whole, _) in TOGETHER.items():
         weights = folder(results, arm)
         for name, out, recipe in stages_of(arm, wish, folder(results, arm)):
@@ -177,6 +185,14 @@ def _groups(wish: Wish, results: Path, say: Say) -> Iterator[tuple[str, VlmCompa
             weights = train(name, recipe, out, results)
         trained = _comparison(replace(wish, model=f"hf:{weights.with_suffix('')}"), results, say)
         yield arm, _with(trained, weights), (*_at((whole,), BUDGETS),) if whole.facts.budgeted else (whole,)
+
+
+def _more(wish: Wish, results: Path, say: Say) -> Iterator[tuple[str, VlmComparison, tuple[Method, ...]]]:
+    """More questions for those that are near each other, below half the tokens."""
+    comparison, small = _comparison(replace(wish, questions=wish.more), results, say), BUDGETS[2:]
+    yield "", comparison, (*_at(CLOSE, small),)
+    for arm in BLIND:
+        yield arm, _with(comparison, folder(results, arm) / "last.safetensors"), (*_at((MAIN[arm],), small),)
 
 
 def _with(comparison: VlmComparison, weights: Path) -> VlmComparison:
