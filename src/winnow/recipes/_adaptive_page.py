@@ -6,27 +6,34 @@ Winnow's own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from .._parse import parse
 from ..baselines import SLACK
 from ..measure import record
-from ..measure.accuracy import mcnemar, unpack
-from ..methods import BASELINES, Downsample
 from ..parts.amount import Keep
 from ..reducer import Method
 from ..view import files
 from ._adaptive_pictures import figure
+from ._adaptive_rivals import (
+    KINDS,
+    TESTED,
+    Found,
+    hits,
+    kind_of,
+    left,
+    listed,
+    more,
+    of_training,
+    others_of,
+    paired,
+    right,
+    seeds,
+    standing,
+    tests,
+)
 from ._adaptive_times import known, section
 
-Found = dict[str, dict[float, record.Row]]
-"""By name, by budget."""
-TESTED = (0.125, 0.0625)
-KINDS = ("trivial", "before the language model", "inside the language model")
-VERDICTS = ("significantly above", "above", "level with", "below", "significantly below")
 CHANGED = """Each arm against the one that it differs from in one setting; without the question. Top-1 in %, and the exact
 McNemar test on the same questions; of twenty such tests one is below 0.05 by chance alone. Each arm is one training (seed
 0). `place="first"` is the same network as without it, rounding apart, so those two rows differ by what rounding makes of
@@ -80,16 +87,19 @@ def written(
     trained = {row.train.recipe: row for row in rows if row.train is not None}
     main, patches = arms["main"], _patches(plain)
     ours = {
-        arm: _of(asked, trained[arm], budgets, patches) for names in arms.values() for arm in names if arm in trained
+        arm: of_training(asked, trained[arm], budgets, patches)
+        for names in arms.values()
+        for arm in names
+        if arm in trained
     }
     methods = {arm: parse(trained[arm].method or "") for arm in ours}
-    others, times = _others(asked, budgets, patches), known(rows)
+    others, times = others_of(asked, budgets, patches), known(rows)
     steps = max(trained[arm].train.steps for arm in main if arm in trained)  # type: ignore[union-attr]
     asked_of = plain.data.n if plain.data else 0
     small = [one for one in budgets if one < 0.5]
     head = HEAD.format(
-        model=plain.model, steps=steps, questions=asked_of, n=patches, small=_listed(small),
-        stand=_standing({arm: ours[arm] for arm in main if arm in ours}, others, methods, small),
+        model=plain.model, steps=steps, questions=asked_of, n=patches, small=listed(small),
+        stand=standing({arm: ours[arm] for arm in main if arm in ours}, others, methods, small),
     )  # fmt: skip
     parts = [
         head,
@@ -98,9 +108,9 @@ def written(
         section(
             _named(ours, others, [*main, *arms["together"]]), times, budgets, [_share(one, plain) for one in budgets]
         ),
-        _tests(ours, others, main),
-        _more([row for row in every if row.data != plain.data], trained, main, budgets, patches),
-        _seeds(ours, arms["again"]),
+        tests(ours, others, main),
+        more([row for row in every if row.data != plain.data], trained, main, budgets, patches),
+        seeds(ours, arms["again"]),
     ]
     parts += [_ablations(ours, methods, arms["ablations"])]
     parts += [_together(ours, others, methods, arms["together"], plain), _kept(out)]
@@ -109,120 +119,8 @@ def written(
     return [files.write(out / "adaptive.md", "\n".join(part for part in parts if part).encode()), *made]
 
 
-def _of(rows: Sequence[record.Row], training: record.Row, budgets: Sequence[float], n: int) -> dict[float, record.Row]:
-    """What came of a training, by budget; of a method that has one, by the share of the n tokens that it left."""
-    method = parse(training.method or "")
-    own = [row for row in rows if row.weights == training.weights and row.method]
-    if not method.facts.budgeted:
-        return {_left(row) / n: row for row in own}
-    known = {method.leaving(Keep(budget)): budget for budget in budgets}
-    return {known[parse(row.method or "")]: row for row in own if parse(row.method or "") in known}
-
-
-def _left(row: record.Row) -> int:
-    """Image tokens that the language model was given."""
-    return row.vlm.image_tokens[0] if row.vlm else 0
-
-
-def _others(rows: Sequence[record.Row], budgets: Sequence[float], n: int) -> Found:
-    """Methods that learn nothing, by name and budget."""
-    found: Found = {}
-    for row in rows:
-        method = parse(row.method) if row.method else None
-        if isinstance(method, Downsample):
-            found.setdefault(repr(Downsample()), {})[_left(row) / n] = row
-        if method is None or "keep" not in method.__dataclass_fields__:  # type: ignore[attr-defined]
-            continue
-        budget = next((one for one in budgets if method == method.leaving(Keep(one))), None)
-        if budget is not None:
-            known = method.__dataclass_fields__["keep"].default  # type: ignore[attr-defined]
-            found.setdefault(repr(replace(method, keep=known)), {})[budget] = row  # type: ignore[type-var]
-    return found
-
-
-def _standing(ours: Found, others: Found, methods: Mapping[str, Method], budgets: Sequence[float]) -> str:
-    """With and without the question: the checkpoint most often right, against the best of each kind of rivals."""
-    lines = []
-    for text, said in ((True, "With the question"), (False, "Without the question")):
-        arms = [arm for arm in ours if methods[arm].text == text]  # type: ignore[attr-defined]
-        if not arms:
-            continue
-        arm = max(arms, key=lambda one: sum(float(_hits(row).mean()) for at, row in ours[one].items() if at in budgets))
-        told = []
-        for kinds in (KINDS[:2], KINDS[2:]):
-            found: dict[str, list[float]] = {}
-            for budget in (one for one in budgets if one in ours[arm]):
-                best = _best(others, budget, kinds)
-                if best is not None:
-                    found.setdefault(_verdict(ours[arm][budget], others[best][budget]), []).append(budget)
-            told.append(
-                ", ".join(f"{word} at {_listed(found[word])}" for word in VERDICTS if word in found) or "no rows"
-            )
-        lines.append(
-            f"- {said}, `{arm}`: {told[0]} the best that acts before the language model; {told[1]} the best inside it."
-        )
-    return "\n".join([*lines, ""])
-
-
-def _verdict(ours: record.Row, theirs: record.Row) -> str:
-    wins, losses, p = mcnemar(_hits(ours), _hits(theirs))
-    if wins == losses:
-        return VERDICTS[2]
-    return VERDICTS[int(p >= 0.05) if wins > losses else 4 - int(p >= 0.05)]
-
-
-def _best(others: Found, budget: float, kinds: Sequence[str]) -> str | None:
-    """The rival of these kinds that is most often right."""
-    rivals = {name: rows[budget] for name, rows in others.items() if budget in rows and _kind(name) in kinds}
-    return max(rivals, key=lambda name: float(_hits(rivals[name]).mean()), default=None)
-
-
-def _listed(budgets: Sequence[float]) -> str:
-    names = [f"1/{round(1 / budget)}" for budget in budgets]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _more(
-    rows: Sequence[record.Row], trained: Mapping[str, record.Row], main: Sequence[str], budgets: Sequence[float], n: int
-) -> str:
-    """Those that were asked more questions, against each other."""
-    ours = {arm: _of(rows, trained[arm], budgets, n) for arm in main if arm in trained}
-    rivals = _others(rows, budgets, n)
-    asked = next((row.data.n for found in ours.values() for row in found.values() if row.data), None)
-    if asked is None:
-        return ""
-    lines = ["## Where so few questions cannot tell\n", f"The same on {asked:,} questions about the test scenes.\n"]
-    lines += ["| | budget | right | " + " | | ".join(f"`{name}`" for name in rivals) + " | |"]
-    lines += ["|:--|--:|--:|" + "--:|:--|" * len(rivals)]
-    for name, found in ours.items():
-        for budget, row in sorted(found.items(), reverse=True):
-            cells = [name, _listed([budget]), _right(row)]
-            for other in rivals.values():
-                cells += [_right(other.get(budget)), _test(row, other[budget]) if budget in other else "–"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def _seeds(ours: Found, again: Sequence[str]) -> str:
-    """Mean and range over the seeds there are."""
-    groups: dict[str, list[str]] = {}
-    for name in (name for name in again if name in ours):
-        base = name.rpartition(", seed ")[0]
-        groups.setdefault(base, [base] if base in ours else []).append(name)
-    lines = ["## By seed\n", "Mean of the seeds' Top-1 in %, and in brackets the lowest and the highest.\n"]
-    lines += ["| | seeds | " + " | ".join(f"1/{round(1 / budget)}" for budget in TESTED) + " |"]
-    lines += ["|:--|--:|" + "--:|" * len(TESTED)]
-    for base, names in groups.items():
-        cells = []
-        for budget in TESTED:
-            right = [100 * float(_hits(ours[name][budget]).mean()) for name in names if budget in ours[name]]
-            cells.append(f"{np.mean(right):.1f} ({min(right):.1f} to {max(right):.1f})" if right else "–")
-        lines.append(f"| {base} | {len(names)} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""]) if groups else ""
-
-
 def _patches(plain: record.Row) -> int:
-    return _left(plain)
+    return left(plain)
 
 
 def _phases(ours: Found, plain: record.Row, budgets: Sequence[float]) -> str:
@@ -233,7 +131,7 @@ def _phases(ours: Found, plain: record.Row, budgets: Sequence[float]) -> str:
     text.append(_table({names[key]: ours[key] for key in names if key in ours}, plain, budgets))
     first, second = ours.get("after", {}), ours.get("encoder", {})
     both = [budget for budget in TESTED if budget in first and budget in second]
-    told = "; ".join(f"{_share(budget, plain)}: {_test(second[budget], first[budget])}" for budget in both)
+    told = "; ".join(f"{_share(budget, plain)}: {paired(second[budget], first[budget])}" for budget in both)
     return "\n".join([*text, "", f"Phase 2 against phase 1, paired: {told}." if told else "", ""])
 
 
@@ -271,47 +169,6 @@ def _cell(row: record.Row | None) -> str:
     return f"{100 * row.accuracy.value:.1f} ({row.macs.per_image / 1e9:.3f})"
 
 
-def _test(ours: record.Row, theirs: record.Row) -> str:
-    wins, losses, p = mcnemar(_hits(ours), _hits(theirs))
-    return f"{wins} won, {losses} lost, p = {p:.2g}"
-
-
-def _hits(row: record.Row) -> np.ndarray:
-    assert row.accuracy is not None and row.data is not None
-    return unpack(row.accuracy.hits, row.data.n)
-
-
-def _tests(ours: Found, others: Found, main: Sequence[str]) -> str:
-    """Each controller against the best of three kinds of rivals, question by question."""
-    lines = [
-        "## Paired tests\n",
-        "Exact McNemar test on the same questions, against the best of each kind at the same budget.\n",
-    ]
-    lines += ["| controller | budget | " + " | | ".join(KINDS) + " | |", "|:--|--:|" + ":--|:--|" * len(KINDS)]
-    for name in main:
-        for budget, row in ours.get(name, {}).items():
-            if budget not in TESTED:
-                continue
-            cells = [f"{name}: {_right(row)}", f"1/{round(1 / budget)}"]
-            for kind in KINDS:
-                best = _best(others, budget, (kind,))
-                rival = None if best is None else others[best][budget]
-                cells += ["–", "–"] if rival is None else [f"`{best}` {_right(rival)}", _test(row, rival)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def _kind(name: str) -> str:
-    method = parse(name)
-    if type(method) in BASELINES:
-        return KINDS[0]
-    return KINDS[2] if method.facts.where == "llm" else KINDS[1]
-
-
-def _right(row: record.Row | None) -> str:
-    return "–" if row is None else f"{100 * float(_hits(row).mean()):.1f}"
-
-
 def _ablations(ours: Found, methods: Mapping[str, Method], ablations: Sequence[str]) -> str:
     """One setting changed at a time, at the small budgets."""
     lines = ["## One setting changed\n", CHANGED]
@@ -323,7 +180,7 @@ def _ablations(ours: Found, methods: Mapping[str, Method], ablations: Sequence[s
         cells = [f"`{name}`", f"`{base}`" if base else "–"]
         for budget in TESTED:
             row, other = ours[name].get(budget), ours.get(base, {}).get(budget)
-            cells += [_right(row), f"{_right(other)}: {_test(row, other)}" if row and other else "–"]
+            cells += [right(row), f"{right(other)}: {paired(row, other)}" if row and other else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""]) if set(ablations) & set(ours) else ""
 
@@ -343,26 +200,26 @@ def _together(
     for name in (name for name in together if name in ours):
         alone = [ours[one] for one, method in methods.items() if method == methods[name] and one != name]
         for budget, row in sorted(ours[name].items(), reverse=True):
-            cells = [f"`{name}`", *_size(row), _right(row)]
+            cells = [f"`{name}`", *_size(row), right(row)]
             rivals = [found[budget] for found in alone if budget in found] if alone else _rivals(row, others)
             for rival in rivals:
-                against = [f"{'`' + str(rival.method) + '`' if not alone else 'frozen'} {_right(rival)}", *_size(rival)]
-                lines.append(f"| {' | '.join([*cells, *against, _test(row, rival)])} |")
+                against = [f"{'`' + str(rival.method) + '`' if not alone else 'frozen'} {right(rival)}", *_size(rival)]
+                lines.append(f"| {' | '.join([*cells, *against, paired(row, rival)])} |")
     return "\n".join([*lines, ""]) if set(together) & set(ours) else ""
 
 
 def _rivals(row: record.Row, others: Found) -> list[record.Row]:
     """The best of those that act before the language model: with as many tokens, and with no more multiply-adds."""
-    near = [one for name, rows in others.items() if _kind(name) != KINDS[2] for one in rows.values()]
+    near = [one for name, rows in others.items() if kind_of(name) != KINDS[2] for one in rows.values()]
     groups = (
-        [one for one in near if _left(one) == _left(row)],
+        [one for one in near if left(one) == left(row)],
         [one for one in near if _macs(one) <= SLACK * _macs(row)],
     )
-    return [max(group, key=lambda one: float(_hits(one).mean())) for group in groups if group]
+    return [max(group, key=lambda one: float(hits(one).mean())) for group in groups if group]
 
 
 def _size(row: record.Row) -> tuple[str, str]:
-    return str(_left(row)), f"{_macs(row) / 1e9:.3f}"
+    return str(left(row)), f"{_macs(row) / 1e9:.3f}"
 
 
 def _macs(row: record.Row) -> float:
