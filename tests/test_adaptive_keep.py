@@ -120,6 +120,8 @@ def test_controller_shapes(head, training):
 
 
 def test_encoder_with_budget_token_shape_and_layer():
+    import transformers
+
     tower = tiny().model.vision_tower
     part = VisionEncoderWithBudgetToken(tower, BudgetEmbedding(32), 32)
     images = torch.randn(2, 3, 32, 32)
@@ -128,6 +130,12 @@ def test_encoder_with_budget_token_shape_and_layer():
     assert not torch.allclose(out[:, -1], part(images, torch.tensor([0.5, 0.5]))[:, -1], atol=1e-3)
     plain = tower(images, output_hidden_states=True)
     assert plain.hidden_states[-2].shape == (2, N + 1, 32), "the tower is as it was"
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    without = VisionEncoderWithBudgetToken(transformers.SiglipVisionModel(config), BudgetEmbedding(32), 32)
+    with pytest.raises(ValueError, match="makes 16 tokens of 16 patches: a class token"):
+        without(images, torch.tensor([0.25, 1.0]))
 
 
 # ---- AdaLLaVA's choices

@@ -98,11 +98,19 @@ class VisionEncoderWithBudgetToken(nn.Module):
         self.budget_pos_embed = nn.Parameter(SPREAD * torch.randn(1, 1, hidden))
 
     def forward(self, images: Tensor, budget: Tensor) -> Tensor:
-        """Images [B, 3, H, W] and shares [B] -> [B, N+2, C], the budget token last."""
+        """Images [B, 3, H, W] and shares [B] -> [B, N+2, C], the budget token last; ValueError without a class token."""
+        side: int = self.tower.config.patch_size
+        n = (images.shape[-2] // side) * (images.shape[-1] // side)
         token = self.budget_embedding(budget)[:, None] + self.budget_pos_embed
         hook = self.tower.embeddings.register_forward_hook(lambda _, __, x: torch.cat([x, token.to(x.dtype)], 1))
         try:
             found = self.tower(images, output_hidden_states=True)
         finally:
             hook.remove()
+        made = found.hidden_states[0].shape[1] - 1
+        if made != n + 1:
+            raise ValueError(
+                f"{type(self.tower).__name__} makes {made} tokens of {n} patches: a class token and nothing else is needed, as "
+                'CLIP\'s towers have; AdaptiveKeep(fuse="encoder") takes others'
+            )
         return found.hidden_states[self.layer]
