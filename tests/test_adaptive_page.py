@@ -78,11 +78,14 @@ def test_more_questions_and_other_seeds_stand_apart(rows, tmp_path):
     text = adaptive.written([*rows, *wide, *seeds], tmp_path)[0].read_text()
     assert "| after, tries | 1/16 | 90.0 | 25.0 | 26 won, 0 lost, p = 3e-08 |" in text
     assert "| after, tries | 2 | – | 82.5 (80.0 to 85.0) |" in text
-    assert "- With the question, `after, question`: significantly above at 1/16 the best that acts before" in text
     assert (
-        "- Without the question, `after, tries`: above at 1/16 the best that acts before the language model; " in text
+        "- `after, question`, with the question: before it significantly above at 1/16; inside it above at 1/16."
+        in text
     )
-    assert "significantly below at 1/16 the best inside it." in text
+    assert (
+        "- `after, tries`, without the question: before it above at 1/16; inside it significantly below at 1/16."
+        in text
+    )
 
 
 @pytest.mark.parametrize("arm", [*adaptive.MAIN, *adaptive.ABLATIONS, *adaptive.AGAIN])

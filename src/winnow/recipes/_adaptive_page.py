@@ -38,7 +38,8 @@ CHANGED = """Each arm against the one that it differs from in one setting; witho
 McNemar test on the same questions; of twenty such tests one is below 0.05 by chance alone. Each arm is one training (seed
 0). `place="first"` is the same network as without it, rounding apart, so those two rows differ by what rounding makes of
 a training. `train` says what becomes of dropped patches in training: they leave ("gather"), they leave behind the
-projector ("mask"), they stay as zeros ("zero"); docs/log.md has what that means.
+projector ("mask"), they stay as zeros ("zero"); docs/log.md has what that means. `diverse` reads what the projector makes
+of all patches, so there "gather" and "mask" are one.
 """
 TOGETHER = """In the rest of the page all but the controller is frozen. Here the language model learns too: `jointly`, with
 projector and controller. DRIP merges inside the tower: in a first stage projector and boundaries learn, in a second
@@ -64,10 +65,12 @@ winnow report adaptive --out docs
 
 Its parts ran at several commits, which the rows name.
 Expectation: below half the tokens one checkpoint is at or above every method that acts before the language model, and
-significantly above (p < 0.05 in the paired tests) at 1/8 and 1/16. What came out, at {small} of the tokens:
+significantly above (p < 0.05 in the paired tests) at 1/8 and 1/16. What came out at {small} of the tokens, against the
+best that acts before the language model and the best inside it:
 
 {stand}
-Methods inside the language model read all tokens in its first blocks. docs/log.md says why it came out so.
+Methods inside the language model read all tokens in its first blocks, and nothing can be above one that is at 100 %.
+docs/log.md says why it came out so.
 
 Read the rows with the question for what they are: the projector of `hf:scenes` was taught, with labels, to put patches near
 their words (`python -m winnow.recipes.scenes_vlm`), and the controller starts from that likeness. How near a LLaVA's own

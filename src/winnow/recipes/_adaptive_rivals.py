@@ -97,26 +97,20 @@ def _verdict(ours: record.Row, theirs: record.Row) -> str:
 
 
 def standing(ours: Found, others: Found, methods: Mapping[str, Method], budgets: Sequence[float]) -> str:
-    """With and without the question: the checkpoint most often right, against the best of each kind of rivals."""
+    """A line a checkpoint: how it stands to the best before the language model, and to the best inside it."""
     lines = []
-    for text, said in ((True, "With the question"), (False, "Without the question")):
-        arms = [arm for arm in ours if methods[arm].text == text]  # type: ignore[attr-defined]
-        if not arms:
-            continue
-        arm = max(arms, key=lambda one: sum(float(hits(row).mean()) for at, row in ours[one].items() if at in budgets))
+    for arm, rows in ours.items():
         told = []
-        for kinds in (KINDS[:2], KINDS[2:]):
+        for kinds, said in ((KINDS[:2], "before"), (KINDS[2:], "inside")):
             found: dict[str, list[float]] = {}
-            for budget in (one for one in budgets if one in ours[arm]):
+            for budget in (one for one in budgets if one in rows):
                 best = best_of(others, budget, kinds)
                 if best is not None:
-                    found.setdefault(_verdict(ours[arm][budget], others[best][budget]), []).append(budget)
-            told.append(
-                ", ".join(f"{word} at {listed(found[word])}" for word in VERDICTS if word in found) or "no rows"
-            )
-        lines.append(
-            f"- {said}, `{arm}`: {told[0]} the best that acts before the language model; {told[1]} the best inside it."
-        )
+                    found.setdefault(_verdict(rows[budget], others[best][budget]), []).append(budget)
+            words = ", ".join(f"{word} at {listed(found[word])}" for word in VERDICTS if word in found)
+            told.append(f"{said} it {words or 'no rows'}")
+        question = "with" if methods[arm].text else "without"  # type: ignore[attr-defined]
+        lines.append(f"- `{arm}`, {question} the question: {'; '.join(told)}.")
     return "\n".join([*lines, ""])
 
 

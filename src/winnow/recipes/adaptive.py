@@ -53,8 +53,6 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
     "after, diverse": DIVERSE,
     "encoder, diverse": replace(DIVERSE, fuse="encoder"),
     'after, diverse, train="zero"': replace(DIVERSE, train="zero"),
-    'after, diverse, train="mask"': replace(DIVERSE, train="mask"),
-    'encoder, diverse, train="mask"': replace(DIVERSE, fuse="encoder", train="mask"),
     'train="gather", cls=True': replace(AFTER, cls=True, train="gather"),
     'join="concat"': replace(AFTER, join="concat"),
     'head="dot"': replace(AFTER, head="dot"),
