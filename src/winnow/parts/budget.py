@@ -110,7 +110,7 @@ class VisionEncoderWithBudgetToken(nn.Module):
         made = found.hidden_states[0].shape[1] - 1
         if made != n + 1:
             raise ValueError(
-                f"{type(self.tower).__name__} makes {made} tokens of {n} patches: a class token and nothing else is needed, as "
-                'CLIP\'s towers have; AdaptiveKeep(fuse="encoder") takes others'
+                f"{type(self.tower).__name__} makes {made} tokens of {n} patches: a class token and nothing else is needed, "
+                'as CLIP\'s towers have; AdaptiveKeep(fuse="encoder") takes others'
             )
         return found.hidden_states[self.layer]
