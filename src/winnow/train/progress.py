@@ -102,7 +102,9 @@ def sentence(line: Line, means: Mapping[str, float], samples: int) -> str:
     seen = line["samples"]
     values = "  ".join(f"{name} {line[name]:.4g} ({mean:.4g})" for name, mean in means.items() if name != "grad_norm")
     share = f"{seen:,}/{samples:,} samples ({100 * seen / samples:.0f} %)"
-    return f"epoch {line['epoch']}  {share}  {values}  lr {line['learning_rate']:.3g}  grad norm {line['grad_norm']:.3g}"
+    return (
+        f"epoch {line['epoch']}  {share}  {values}  lr {line['learning_rate']:.3g}  grad norm {line['grad_norm']:.3g}"
+    )
 
 
 def epoch_sentence(line: Line) -> str:
