@@ -583,6 +583,17 @@ def test_frozen_model_gives_the_controller_the_same_gradient():
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_gradients_run_through_the_tower_only_where_something_in_it_learns(learns):
+    model = made(AdaptiveKeep()).train()
+    model.model.vision_tower.requires_grad_(learns)
+    seen = set()
+    last = model.model.vision_tower.encoder.layers[model.config.vision_feature_layer].mlp
+    last.register_forward_pre_hook(lambda _, given: seen.add((given[0].shape[1] > 1, given[0].requires_grad)))
+    model(**prompts("llava", (1, 1)))
+    assert seen == {(True, learns), (False, True)}, "patches, and the token"
+
+
 @pytest.mark.parametrize("method", [AdaptiveKeep(), AdaptiveKeep.seed004()], ids=repr)
 def test_checkpointing_changes_nothing(method):
     grads = []

@@ -25,6 +25,8 @@ def enter(slot: Slot, *args: Any, begin: Callable[..., Tensor], **words: Any) ->
     """The tower's embeddings [I, K+N, C] and, behind them, the reducer's token."""
     seat: Any = slot.seat
     x = begin(slot, *args, **words)
+    learned = (weight.requires_grad for block in seat.vlm.tower.blocks for weight in block.parameters())
+    seat.still = not x.requires_grad and not any(learned)
     n = x.shape[1] - seat.vlm.tower.setting.prefix
     token = seat.reducer.token(seat.budget(len(x), n), n, len(x), partial(seat.vlm.place, slot.module))
     return torch.cat([x, token[:, None].to(x.dtype)], 1)
@@ -37,6 +39,7 @@ def beside(slot: Slot, x: Tensor, *args: Any, view: BlockView, gives: bool, **wo
     """
     block = slot.module
     x, token = x[:, :-1].contiguous(), x[:, -1:]
+    x = x.detach() if slot.seat.still else x  # type: ignore[attr-defined]  # or the token's gradient would run through it
     found: list[Seen] = []
     words.pop("attention_mask", None)  # the tower's own, for one token more; it hides nothing
     with reading(block, found.append, graph=True):

@@ -72,6 +72,8 @@ class VlmSeat(Seat):
     def __init__(self, vlm: Vlm, host: Host, reducer: Reducer, way: Way) -> None:
         super().__init__(host, reducer, way)
         self.vlm, self.now = vlm, Moment()
+        self.still = False
+        """Nothing that the tower makes of the image alone has a gradient; not of one moment, as blocks may be recomputed."""
         if "question" in self.facts.needs:
             config: Any = vlm.llm.config
             reducer.meet(config.hidden_size)
