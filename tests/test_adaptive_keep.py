@@ -34,7 +34,7 @@ from winnow.parts.choose import (
     n_times_gumbel_softmax,
     n_times_gumbel_softmax_head_version,
 )
-from winnow.parts.diverse import OWN, gains, likeness, unlike
+from winnow.parts.diverse import OWN, likeness, unlike
 
 N = 16
 """Patches of the tiny model."""
@@ -52,7 +52,7 @@ VALUES = [
     AdaptiveKeep(select="sequential"),
     AdaptiveKeep(fuse="after", cls=True),
     AdaptiveKeep(select="diverse", head="dot"),
-    AdaptiveKeep(fuse="after", select="diverse", train="tries"),
+    AdaptiveKeep(fuse="after", select="diverse"),
     AdaptiveKeep.seed004(),
 ]
 KINDS = [AdaptiveKeep(), AdaptiveKeep(fuse="after", text=True), AdaptiveKeep.seed004()]
@@ -229,61 +229,6 @@ def test_choices_keep_exactly_k(n, data):
         assert torch.equal(part.keep(logits, k, noise).sum(1), k.float())
     for row, mine, many in zip(logits, part.eval().keep(logits, k), k.tolist()):
         assert sorted(row.topk(many).indices.tolist()) == mine.nonzero()[:, 0].tolist()
-
-
-# ---- tries
-
-
-def test_gains_are_those_of_the_determinant():
-    x = torch.randn(2, 7, 3)
-    alike = likeness(x)
-    chosen = torch.zeros(2, 7, dtype=torch.bool)
-    chosen[:, [1, 4]] = True
-    kernel = (1 - OWN) * alike + OWN * torch.eye(7)
-    logdet = lambda b, members: kernel[b][members][:, members].logdet()  # noqa: E731
-    for b in range(2):
-        for i in (0, 2, 3, 5, 6):
-            wanted = logdet(b, [1, 4, i]) - logdet(b, [1, 4])
-            torch.testing.assert_close(gains(alike, chosen)[b, i], wanted, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("select", ["topk", "diverse"])
-def test_tries_differ_in_the_last_patch(select):
-    """K - 1 patches are evaluation's; the last ones differ while there are others, and are as likely as is said."""
-    part = VisionTokenController(4, 6, select=select).train()
-    logits, patches = torch.randn(2, 6).repeat(4, 1), torch.randn(2, 6, 4).repeat(4, 1, 1)
-    k = torch.tensor([3, 5]).repeat(4)
-    keep, chance = part.tries(logits, k, torch.rand(2, 6).repeat(4, 1), patches, 4)
-    assert keep.sum(1).tolist() == k.tolist() and chance.shape == (4, 2)
-    before = part.eval().keep(logits, k - 1, None, patches) > 0
-    assert bool((keep >= before).all())
-    last = (keep & ~before).float().argmax(1).view(4, 2)
-    assert last[:, 0].unique().numel() == 4 and last[:, 1].unique().numel() == 2
-    assert bool((chance.exp() <= 1).all()) and float(chance[:2, 1].exp().sum()) == pytest.approx(1, abs=1e-5)
-
-
-def test_tries_are_judged_by_what_each_cost():
-    """A step down makes the try that cost least likelier; where nobody shows copies it trains as "gather" does."""
-    model = made(AdaptiveKeep(budget_min=3, budget_max=5, fuse="after", select="diverse", train="tries")).train()
-    reducer, inputs = winnow.reducer_of(model), taught(prompts("llava", (1, 1)))
-    model(**inputs).loss.backward()
-    assert bool(reducer.vision_token_controller.logit_head.out.weight.grad.any()) and not reducer.loss(torch.rand(2))
-    model.zero_grad()
-    reducer.copies = reducer.tries
-    many = {name: torch.cat([value] * reducer.copies) for name, value in inputs.items()}
-    with winnow.watch(model) as run:
-        model(**many)
-    owners = (run.ledger.owner >= 0).view(4, 2, N)
-    assert (owners.int().sum(0) % 4 != 0).sum(1).tolist() == [4, 4], "four patches are each in one copy alone"
-    cost = torch.tensor([0.0, 1.0, 1.0, 1.0]).repeat_interleave(2)
-    first = reducer.loss(cost)["tries"]
-    first.backward()
-    with torch.no_grad():
-        for weight in reducer.parameters():
-            if weight.grad is not None:
-                weight -= 1e-3 * weight.grad
-        model(**many)
-    assert float(reducer.loss(cost)["tries"]) < float(first)
 
 
 # ---- budgets

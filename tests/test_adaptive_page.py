@@ -65,7 +65,7 @@ def test_rows_are_read_by_weights(rows, tmp_path):
 
 def test_more_questions_and_other_seeds_stand_apart(rows, tmp_path):
     """Rows of more questions are compared with each other alone; seeds are told by their mean and range."""
-    few, arm = Keep(0.0625), "after, tries"
+    few, arm = Keep(0.0625), "after, diverse"
     method = adaptive.MAIN[arm].leaving(few)
     wide = [row(DivPrune().leaving(few), 10), row(method, 36, weights="t")]
     wide = [one.model_copy(update={"data": record.Data(name="scenes", n=N, split="more")}) for one in wide]
@@ -76,14 +76,14 @@ def test_more_questions_and_other_seeds_stand_apart(rows, tmp_path):
         row(method, 34, weights="u"),
     ]
     text = adaptive.written([*rows, *wide, *seeds], tmp_path)[0].read_text()
-    assert "| after, tries | 1/16 | 90.0 | 25.0 | 26 won, 0 lost, p = 3e-08 |" in text
-    assert "| after, tries | 2 | – | 82.5 (80.0 to 85.0) |" in text
+    assert "| after, diverse | 1/16 | 90.0 | 25.0 | 26 won, 0 lost, p = 3e-08 |" in text
+    assert "| after, diverse | 2 | – | 82.5 (80.0 to 85.0) |" in text
     assert (
         "- `after, question`, with the question: before it significantly above at 1/16; inside it above at 1/16."
         in text
     )
     assert (
-        "- `after, tries`, without the question: before it above at 1/16; inside it significantly below at 1/16."
+        "- `after, diverse`, without the question: before it above at 1/16; inside it significantly below at 1/16."
         in text
     )
 

@@ -187,7 +187,6 @@ FROZEN = ("instruct.train.llm=false", "instruct.train.projector=false", "epochs=
 RUNS = {
     "DRIP, everything": NOISY,
     "AdaptiveKeep, alone": ("method=AdaptiveKeep(train='zero')", *FROZEN),
-    "AdaptiveKeep, tries": ("method=AdaptiveKeep(select='diverse', train='tries')", *FROZEN),
     "AdaptiveKeep, jointly": ("method=AdaptiveKeep(fuse='after', text=True)", "epochs=2"),
 }
 

@@ -225,10 +225,6 @@ class Reducer(nn.Module):
     """Training step, mixed into the noise while training."""
     budget: int | float | Tensor | None = None
     """What `winnow.budget` says now."""
-    tries: int = 1
-    """In training the task shows a sample so many times in a batch, block after block, and tells `loss` what each cost."""
-    copies: int = 1
-    """How many times it did: 1 where a task does not know of tries."""
 
     def __init__(self, method: Method, patches: int | None = None, prefix: int = 0) -> None:
         super().__init__()
@@ -246,11 +242,8 @@ class Reducer(nn.Module):
         """Nothing is reduced at this site now, where n tokens enter, so no signals are made for it."""
         return self.method.facts.training_only and not self.training
 
-    def loss(self, cost: Tensor | None = None) -> dict[str, Tensor]:
-        """Auxiliary losses of the last forward, weighted, summed over the sites; {} where there are none.
-
-        cost: [T * I] what the task lost on each image in each of its `copies`, for reducers that try.
-        """
+    def loss(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward, weighted, summed over the sites; {} where there are none."""
         return {name: torch.stack(found).sum(0) for name, found in self._noted("losses").items()}
 
     def metrics(self) -> dict[str, Tensor]:

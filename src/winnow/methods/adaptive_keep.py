@@ -31,17 +31,13 @@ __all__ = ["AdaptiveKeep", "BudgetEmbedding", "VisionEncoderWithBudgetToken", "V
 
 LOWEST, HIGHEST = 0.0625, 1.0
 """Shares that training draws from: 36 of LLaVA-1.5's 576 tokens to all of them."""
-TRIES = 4
-"""Copies of a sample in a batch of train="tries"."""
-EVEN = 0.02
-"""Tries whose losses differ by much less than this teach nothing."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fuse": ("encoder", "after"),
     "read": ("one_way", "both"),
     "cls": (True, False, "host"),
     "select": SELECTS,
     "head": HEADS,
-    "train": ("gather", "mask", "zero", "tries"),
+    "train": ("gather", "mask", "zero"),
     "place": ("last", "first"),
     "position": ("own", "borrowed"),
     "join": ("attention", "concat"),
@@ -75,8 +71,7 @@ class AdaptiveKeep(Method):
     head: str = "patch"
     """"patch" and "dot" rank each patch by itself, on any grid; "index": one weight per place of the tower's own grid."""
     train: str = "gather"
-    """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero"). "tries":
-    they leave, and four choices that differ in the patch taken last are judged by what the language model makes of each."""
+    """In training dropped patches leave ("gather"), leave behind the projector ("mask") or stay as zeros ("zero")."""
     text: bool = False
     """Patches are ranked for the question, too: by the word of the prompt that each, behind the projector, is most alike."""
     conditioned: bool = True
@@ -184,7 +179,6 @@ class AdaptiveKeepReducer(Reducer):
         self.vision_token_controller = VisionTokenController(
             width, patches or 0, method.tau, method.cls is True, head=method.head, select=method.select,
         )  # fmt: skip
-        self.tries = TRIES if method.train == "tries" else 1
         if method.fuse == "encoder" and method.position == "own":
             self.budget_pos_embed = nn.Parameter(SPREAD * torch.randn(1, 1, width))
         self.cross = Cross(width, heads) if method.fuse == "after" and method.join == "attention" else None
@@ -268,10 +262,6 @@ class AdaptiveKeepReducer(Reducer):
     ) -> Tokens:
         """A draw of training: what is kept is itself, times 1 with the gradient of the choice."""
         controller = self.vision_token_controller
-        if self.copies > 1:
-            assert noise is not None, "the core fills what Facts.needs asks for"
-            keep, chance = controller.tries(logits, budget, noise, tokens.x, self.copies)
-            return _packed(tokens, keep, budget, more | {"losses": {"tries": chance}})
         if noise is not None and self.method.select == "sequential":
             noise = _rounds(noise, int(torch.as_tensor(budget).max()))
         kept = controller.keep(logits, budget, noise, tokens.x)
@@ -279,19 +269,6 @@ class AdaptiveKeepReducer(Reducer):
         if self.method.train == "zero":
             return replace(tokens, order=None, losses=None, metrics=None, **more)
         return _packed(tokens, kept.detach() > 0.5, budget, more)
-
-    def loss(self, cost: Tensor | None = None) -> dict[str, Tensor]:
-        """What it would have cost to try by chance, the tries of an image measured by their own mean and spread."""
-        chance = super().loss().get("tries")
-        if chance is None or cost is None:
-            return {}
-        if cost.numel() != chance.numel():
-            raise ValueError(
-                f'{self.method}: where an image is cut into tiles train="tries" cannot tell them apart; use "gather"'
-            )
-        cost = cost.view_as(chance)
-        above = (cost - cost.mean(0)) / (cost.std(0) + EVEN)
-        return {"tries": (above * chance.softmax(0)).sum(0).mean()}
 
     def macs(self, n: int, layer: int, setting: Setting) -> float:
         """Embedding, attentions and head; the budget token's way through the tower and the question apart."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .budget import check_budget, tokens_of
 from .choose import gumbel, masked_gumbel_softmax_topk, n_times_gumbel_softmax
 from .combine import take
-from .diverse import gains, likeness, unlike
+from .diverse import likeness, unlike
 
 
 class PatchHead(nn.Module):
@@ -77,8 +77,6 @@ HEADS = ("patch", "dot", "index")
 SELECTS = ("topk", "sequential", "diverse")
 FAINT = 0.1
 """How much the logits of an untrained head count where diversity chooses as well."""
-WARMTH = 0.3
-"""Temperature of the softmax that a try is drawn from."""
 
 
 class VisionTokenController(nn.Module):
@@ -130,35 +128,6 @@ class VisionTokenController(nn.Module):
         chosen = unlike(drawn, likeness(patches), k).to(logits.dtype)
         soft = (drawn / self.tau).softmax(-1)
         return chosen + (soft - soft.detach()) if self.training else chosen
-
-    def tries(
-        self, logits: Tensor, k: int | Tensor, noise: Tensor, patches: Tensor, copies: int
-    ) -> tuple[Tensor, Tensor]:
-        """Copies of B images, block after block, logits [T * B, N]: which patches are kept, [T * B, N] bool, and how likely.
-
-        The first k - 1 of an image are those of evaluation; the last is another in each copy while there are others, drawn
-        by `noise` [T * B, N]. The log-likelihood of that draw is [T, B].
-        """
-        images = len(logits) // copies
-        k = torch.as_tensor(k, device=logits.device).expand(len(logits))[:images]
-        logits, noise, patches = logits[:images], noise[:images], patches[:images]
-        before = torch.zeros_like(logits, dtype=torch.bool)
-        if int(k.max()) > 1:
-            before = self._best(logits, k - 1, patches)
-        value = logits + gains(likeness(patches), before) if self.select == "diverse" else logits
-        value = (value / WARMTH).masked_fill(before, float("-inf"))
-        order = (value.detach() + gumbel(noise.to(value.dtype))).argsort(dim=1, descending=True)
-        others = (value > float("-inf")).sum(1) - 1
-        place = torch.arange(copies, device=order.device)[:, None].minimum(others)
-        last = order.gather(1, place.T).T
-        chance = value.log_softmax(1).gather(1, last.T).T
-        return before.repeat(copies, 1).scatter(1, last.reshape(-1, 1), True), chance
-
-    def _best(self, logits: Tensor, k: Tensor, patches: Tensor) -> Tensor:
-        """[B, N] bool: without noise."""
-        if self.select == "diverse":
-            return unlike(logits, likeness(patches), k)
-        return masked_gumbel_softmax_topk(logits, torch.zeros_like(logits), k, hard=True, training=False) > 0
 
     def forward(
         self, vision_output: Tensor, token_budget: Any, budget_embedding: Tensor | None = None,

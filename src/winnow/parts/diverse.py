@@ -64,27 +64,14 @@ def determinantal(kernel: Tensor, m: int) -> Tensor:
     return torch.cat(picked, 1)
 
 
-def gains(alike: Tensor, chosen: Tensor) -> Tensor:
-    """[B, N] log of what each token adds to the determinant of `alike` [B, N, N] beside those chosen [B, N] (bool)."""
-    mine = chosen.to(alike.dtype)
-    alike = _told_apart(alike)
-    inside = mine[:, :, None] * alike * mine[:, None] + torch.diag_embed(1 - mine)
-    rows = alike * mine[:, None]
-    added = alike.diagonal(dim1=1, dim2=2) - (rows @ torch.linalg.inv(inside) * rows).sum(2)
-    return added.clamp_min(OWN / 2).log()
-
-
-def _told_apart(alike: Tensor) -> Tensor:
-    return (1 - OWN) * alike + OWN * torch.eye(alike.shape[1], device=alike.device)
-
-
 def unlike(logits: Tensor, alike: Tensor, k: int | Tensor) -> Tensor:
     """[B, N] bool: k (or k[b]) tokens, each adding most to the determinant of `alike` [B, N, N] weighed by exp(logits).
 
     Where no two are alike these are the k highest of logits [B, N]; -inf is taken last.
     """
     weight = ((logits.detach().float() - logits.detach().float().amax(1, keepdim=True)) / 2).exp()
-    kernel = weight[:, :, None] * _told_apart(alike) * weight[:, None]
+    own = torch.eye(alike.shape[1], device=alike.device)
+    kernel = weight[:, :, None] * ((1 - OWN) * alike + OWN * own) * weight[:, None]
     order = determinantal(kernel, int(torch.as_tensor(k).max()))
     place = torch.arange(order.shape[1], device=order.device)
     taken = place < (k if isinstance(k, int) else k.to(order.device)[:, None])

@@ -75,7 +75,7 @@ docs/log.md says why it came out so.
 Read the rows with the question for what they are: the projector of `hf:scenes` was taught, with labels, to put patches near
 their words (`python -m winnow.recipes.scenes_vlm`), and the controller starts from that likeness. How near a LLaVA's own
 projector puts them was not measured here. Learning rate and temperature of `after` and `encoder`, and `train` of all, were
-chosen on scenes of the test seed. `tries` is `select="diverse"` trained with `train="tries"`, the others with `"zero"`.
+chosen on scenes of the test seed. `diverse` is trained with `train="gather"`, the others with `"zero"`.
 """
 
 
@@ -142,6 +142,10 @@ def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], 
     """Part three: everything at equal budgets."""
     text = ["## All methods at equal budgets\n", "Top-1 in %, and in brackets the GMACs up to the first token. "]
     text += ["FastV, PyramidDrop and SparseVLM drop inside the language model, whose first blocks read all tokens."]
+    text += [
+        "`CDPruner()` without a CLIP text tower, as here, reads no question: it is the determinant alone, and what"
+    ]
+    text += ["`diverse` is before training. `TopK` and `EViT` drop inside the tower."]
     text += ["`Downsample()` makes the image smaller and leaves square numbers of tokens, of which one is here.\n"]
     text.append(_table(_named(ours, others, main), plain, budgets))
     return "\n".join([*text, "", "![Accuracy against multiply-adds and time](adaptive.png)", ""])

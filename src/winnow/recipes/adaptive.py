@@ -37,12 +37,11 @@ SMALL = BUDGETS[-2:]
 AFTER = AdaptiveKeep(budget_max=0.5, fuse="after", train="zero")
 ENCODER = replace(AFTER, fuse="encoder")
 DIVERSE = replace(AFTER, select="diverse", train="gather")
-TRIES = replace(DIVERSE, train="tries", budget_min=2, budget_max=0.125)
 MAIN: dict[str, AdaptiveKeep] = {
     "after": AFTER,
     "encoder": ENCODER,
-    "after, tries": TRIES,
-    "encoder, tries": replace(TRIES, fuse="encoder"),
+    "after, diverse": DIVERSE,
+    "encoder, diverse": replace(DIVERSE, fuse="encoder"),
     "after, question": replace(AFTER, text=True),
     "encoder, question": replace(ENCODER, text=True),
 }
@@ -50,8 +49,6 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
     'encoder, train="gather"': replace(ENCODER, train="gather"),
     'train="gather"': replace(AFTER, train="gather"),
     'train="mask"': replace(AFTER, train="mask"),
-    "after, diverse": DIVERSE,
-    "encoder, diverse": replace(DIVERSE, fuse="encoder"),
     'after, diverse, train="zero"': replace(DIVERSE, train="zero"),
     'train="gather", cls=True': replace(AFTER, cls=True, train="gather"),
     'join="concat"': replace(AFTER, join="concat"),
@@ -67,7 +64,7 @@ ABLATIONS: dict[str, AdaptiveKeep] = {
 AGAIN = {
     f"{arm}, seed {seed}": MAIN[arm]
     for seed in (1, 2)
-    for arm in ("after, tries", "encoder, tries", "after, question", "encoder, question")
+    for arm in ("after, diverse", "encoder, diverse", "after, question", "encoder, question")
 }
 """The same by other seeds."""
 ALIGN, TUNE = ("projector", "reducer"), ("vision", "projector", "llm", "reducer")
@@ -81,7 +78,7 @@ TRAINING_FREE: tuple[Method, ...] = (
     PruMerge(), PruMerge(plus=True), VisionZip(), DivPrune(), CDPruner(), VisPruner(), FastV(layer=2)
 )  # fmt: skip
 CLOSE: tuple[Method, ...] = (DivPrune(), CDPruner())
-BLIND = ("after, tries", "encoder, tries")
+BLIND = ("after, diverse", "encoder, diverse")
 """Too near these for a few hundred questions to tell."""
 TRIVIAL: tuple[Method, ...] = (Random(at="tower"), Grid(at="tower"), Pool(at="tower"))
 

@@ -57,10 +57,6 @@ class Instruct(nn.Module):
         failed: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Every value without dimensions is for the log; top1 is the share of samples whose every token was right."""
-        copies = self._copies(images)
-        ids, mask, labels, pixels, images, scale, share = (
-            torch.cat([one] * copies) for one in (ids, mask, labels, pixels, images, scale, share)
-        )
         there = pixels[torch.arange(pixels.shape[1], device=ids.device) < images.unsqueeze(1)]
         n = len(ids)
         if not len(there):
@@ -82,7 +78,7 @@ class Instruct(nn.Module):
         loss = lm_loss + 0 * black.sum() + tied(self._seldom())
         if is_reduced(self.model):
             reducer = winnow.reducer_of(self.model)
-            losses = reducer.loss((nll / tokens.clamp_min(1)).detach().repeat_interleave(images))
+            losses = reducer.loss()
             found |= {name: value.detach() for name, value in (losses | reducer.metrics()).items()}
             loss = loss + sum(losses.values()) * (images * share).mean()
         return {"loss": loss, **found, "nll": nll.detach(), "tokens": tokens, "right": right}
@@ -104,14 +100,6 @@ class Instruct(nn.Module):
         mask[-1, : self.slots + 1] = 1
         labels[-1, self.slots] = 0  # of no weight, so any token will do
         return ids, mask, labels, pixels.new_zeros(1, *pixels.shape[2:])
-
-    def _copies(self, images: Tensor) -> int:
-        """How many times the reducer wants to see a batch: more than once in training where it tries (`Reducer.tries`)."""
-        if not is_reduced(self.model):
-            return 1
-        reducer = winnow.reducer_of(self.model)
-        reducer.copies = reducer.tries if self.training and bool(images.any()) else 1
-        return reducer.copies
 
     def _seldom(self) -> Iterator[nn.Parameter]:
         if is_reduced(self.model):
