@@ -117,6 +117,8 @@ def test_controller_shapes(head, training):
     assert selected.shape == (2, 10, 12) and mask.sum(1).tolist() == [2, 9]
     assert not selected[0, 3:].any()
     assert VisionTokenController(12, 9, use_cls=False)(x, torch.tensor([3, 5]))[0].shape == (2, 5, 12)
+    draws = torch.stack([part(x, torch.tensor(4))[1].detach().round() for _ in range(20)])
+    assert bool((draws != draws[0]).any()) == training, "noise is drawn in training alone"
 
 
 def test_encoder_with_budget_token_shape_and_layer():
@@ -248,7 +250,8 @@ def test_counts_are_whole_numbers_as_asked(n, data):
     [
         (True, TypeError),
         ("8", TypeError),
-        (torch.tensor(3), TypeError),
+        (torch.tensor(True), TypeError),
+        (torch.tensor(-3), ValueError),
         (torch.tensor([True, False]), TypeError),
         (torch.tensor([0.3], dtype=torch.bfloat16), TypeError),
         (-1, ValueError),

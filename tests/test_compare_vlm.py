@@ -133,6 +133,11 @@ def test_amounts_for_those_that_have_none():
     ]
     assert at_budgets([PyramidDrop((1, 2, 3))], [0.125]) == [PyramidDrop((1, 2, 3), (0.5, 0.25, 0.125))]
     assert at_budgets([SparseVLM(layers=(1, 2, 3))], [0.125])[0].keep == Keep(0.5)
+    some, all_ = (
+        at_budgets([VisionZip(), ToMe(r=8)], [36, 64, 576], 64),
+        at_budgets([VisionZip(), ToMe(r=8)], [1, 576], 64),
+    )
+    assert (some, all_) == ([VisionZip(Exactly(36)), ToMe(r=8)], [ToMe(r=8)]), "nothing is removed: the plain row"
     with pytest.raises(TypeError, match="shares"):
         at_budgets([PyramidDrop((1, 2, 3))], [36])
     with pytest.raises(ValueError, match="whole number"):

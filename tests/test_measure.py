@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from math import comb, isclose
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -528,8 +529,12 @@ def test_a_full_disk_leaves_the_rows_there_were(tmp_path):
 def test_a_place_no_row_can_go_to_is_refused_and_left_as_it_was(tmp_path):
     record.ready(tmp_path / "new" / "rows.jsonl")
     assert not list((tmp_path / "new").iterdir())
-    with pytest.raises(IsADirectoryError):
-        record.ready(tmp_path)
+    for wrong in (tmp_path, Path("/dev/zero")):  # of which there is no end
+        for use in (record.ready, record.read, partial(record.append, row=row())):
+            with pytest.raises(
+                ValueError, match=r"no file that rows are kept in: give a path such as results/\w+\.jsonl"
+            ):
+                use(wrong)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         record.ready(tmp_path / "file" / "rows.jsonl")

@@ -122,15 +122,16 @@ def _of(prompts: Any, size: int) -> dict[str, Any]:
     return prompts.batch_of(several).inputs
 
 
-def at_budgets(methods: Sequence[Method], budgets: Sequence[float]) -> list[Method]:
+def at_budgets(methods: Sequence[Method], budgets: Sequence[float], tokens: int | None = None) -> list[Method]:
     """Each method once for each budget, if it is `open_to` one; else as it is.
 
-    budgets: shares of the image tokens up to 1 (at which nothing is removed: that is the plain row), whole numbers above.
+    budgets: shares of the image tokens up to 1, whole numbers above. At 1, and at `tokens` or more where every image has so
+    many, nothing is removed: that is the plain row.
     """
-    amounts = [amount_of(budget) for budget in budgets if budget != 1]
+    amounts = [amount_of(budget) for budget in budgets if budget != 1 and (tokens is None or budget < tokens)]
     out: list[Method] = []
     for method in methods:
-        out += [method.leaving(amount) for amount in amounts] if amounts and open_to(method) else [method]
+        out += [method.leaving(amount) for amount in amounts] if budgets and open_to(method) else [method]
     return list(dict.fromkeys(out))
 
 

@@ -24,6 +24,7 @@ from ..data.conversations import Conversations, open_conversations
 from ..data.scenes import patch_objects
 from ..measure import record
 from ..measure._vlm_families import towers_of
+from ..measure._vlm_shapes import Tower
 from ..reducer import Method
 from ..tasks.answer import Prompts
 from ..view import vlm
@@ -49,7 +50,8 @@ def compare_vlm(
     processor, model, trained = bare_vlm(spec)
     if methods is None:
         methods = [method for method in map(parse, METHODS) if takes(model, method)]
-    methods = at_budgets(methods, budgets)
+    tower = _tower(model.config, Prompts(processor, samples, batch))
+    methods = at_budgets(methods, budgets, None if tower is None else tower.tokens)
     if trained is not None:
         trained.check(methods)
     reduce = winnow.reduce if trained is None else trained.reduce
@@ -60,7 +62,7 @@ def compare_vlm(
             model=model.to(device), name=spec, weights=state_hash(model.state_dict() | own), labels=prompts.answers, way=way,
             batches=prompts, data=record.Data(name=samples.name, split=samples.split, n=len(samples), hash=samples.hash),
             results=results, sizes=[size for size in sizes if size], pairs=pairs, fresh=fresh, say=progress.say,
-            objects=_objects(samples, processor.image_processor, prompts, model.config), reduce=reduce,
+            objects=None if tower is None else _objects(samples, processor.image_processor), reduce=reduce,
         )  # fmt: skip
         progress.total = len(samples)
         rows = comparison.run(methods)
@@ -68,17 +70,15 @@ def compare_vlm(
         return rows, vlm.sheets(model, prompts, methods, rows, pictures, reduce)
 
 
-def _objects(
-    samples: Conversations, maker: Any, prompts: Prompts, config: Any
-) -> Callable[[tuple[int, int]], np.ndarray] | None:
-    """The patches of the object each question is about, masks having gone through the processor.
+def _tower(config: Any, prompts: Prompts) -> Tower | None:
+    """Where the model sees one image of one size, patch by patch, as the first question shows."""
+    (towers,) = towers_of(config, prompts.batch_of([prompts.samples[0]]).inputs)
+    return towers[0] if [one.tiles for one in towers] == [1] and not towers[0].whole else None
 
-    None without masks, and where the model does not see one image of one size, patch by patch.
-    """
+
+def _objects(samples: Conversations, maker: Any) -> Callable[[tuple[int, int]], np.ndarray] | None:
+    """The patches of the object each question is about, masks having gone through the processor; None without masks."""
     if any(sample.mask is None for sample in samples.samples):
-        return None
-    (towers,) = towers_of(config, prompts.batch_of(samples.samples[:1]).inputs)
-    if [one.tiles for one in towers] != [1] or towers[0].whole:
         return None
 
     def pixels(image: Any) -> torch.Tensor:

@@ -33,6 +33,7 @@ START = b'{"schema":'
 
 def ready(path: Path) -> None:
     """OSError now, where a row could not be appended after the work; what is left of an interrupted write goes now, too."""
+    _check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "r+b") if path.exists() else TemporaryFile(dir=path.parent) as file:
         _end(file, path)
@@ -40,6 +41,7 @@ def ready(path: Path) -> None:
 
 def append(path: Path, row: Row) -> None:
     """Append one row and force it to disk; OSError if the disk is full, and the rows there were stay."""
+    _check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = row.model_dump_json(by_alias=True, exclude_none=False).encode() + b"\n"
     with open(path, "a+b", buffering=0) as file:
@@ -52,6 +54,12 @@ def append(path: Path, row: Row) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def _check_file(path: Path) -> None:
+    """ValueError for a folder, and for a device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that rows are kept in: give a path such as results/{path.stem}.jsonl")
 
 
 def _end(file: IO[bytes], path: Path) -> bytes:
@@ -84,8 +92,9 @@ def _is_json(line: bytes) -> bool:
 
 def read(path: Path) -> list[Row]:
     """All rows of a JSON-lines file; ValueError names the line that is not a row or is from a newer Winnow."""
+    _check_file(path := Path(path))
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

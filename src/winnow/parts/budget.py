@@ -24,7 +24,7 @@ SPREAD = 0.02
 def check_budget(budget: object) -> Budget:
     """The budget, if it is one; TypeError / ValueError says what would work."""
     if isinstance(budget, Tensor):
-        return _check_tensor(budget)
+        return _check_tensor(budget) if budget.ndim else check_budget(_check_tensor(budget[None]).item())
     if isinstance(budget, bool) or not isinstance(budget, Integral | Real):
         raise TypeError(f"a budget is a number of tokens (128), a share (0.25) or a tensor of either, not {budget!r}")
     if isinstance(budget, Integral):

@@ -137,12 +137,15 @@ class VisionTokenController(nn.Module):
 
         token_budget: tokens (int) or share (float), or a tensor [B] of either. selected [B, 1+K, C] (without class token
         [B, K, C]): rows of images that keep fewer end in zeros; mask [B, N]: 1 where kept.
+        Training draws noise where none is given.
         """
         last = vision_output.shape[1] - (budget_embedding is None)
         patches = vision_output[:, 1:last]
         budget = vision_output[:, -1] if budget_embedding is None else budget_embedding
         k = tokens_of(check_budget(token_budget), patches.shape[1])
-        mask = self.keep(self.logits(patches, budget), k, noise, patches)
+        logits = self.logits(patches, budget)
+        noise = torch.rand_like(logits) if noise is None and self.training else noise
+        mask = self.keep(logits, k, noise, patches)
         most = int(torch.as_tensor(k).max())
         index = (mask.detach() < 0.5).int().argsort(dim=1, stable=True)[:, :most]
         selected = take(patches, index) * mask.gather(1, index).to(patches.dtype)[..., None]
