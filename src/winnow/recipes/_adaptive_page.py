@@ -145,7 +145,7 @@ def _curves(ours: Found, others: Found, plain: record.Row, main: Sequence[str], 
     text += [
         "`CDPruner()` without a CLIP text tower, as here, reads no question: it is the determinant alone, and what"
     ]
-    text += ["`diverse` is before training. `TopK` and `EViT` drop inside the tower."]
+    text += ["`diverse` is without its logits. `TopK` and `EViT` drop inside the tower."]
     text += ["`Downsample()` makes the image smaller and leaves square numbers of tokens, of which one is here.\n"]
     text.append(_table(_named(ours, others, main), plain, budgets))
     return "\n".join([*text, "", "![Accuracy against multiply-adds and time](adaptive.png)", ""])
