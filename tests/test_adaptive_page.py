@@ -110,6 +110,11 @@ def test_stages_begin_with_what_the_last_one_left(tmp_path):
     assert first[2].method == second[2].method == "DRIP(rate=0.25)"
 
 
+def test_rows_without_the_plain_model_are_refused(rows, tmp_path):
+    with pytest.raises(ValueError, match=r"vlm-scenes\.jsonl"):
+        adaptive.written([row for row in rows if row.role != "plain"], tmp_path)
+
+
 def test_times_stand_on_the_page_beside_the_rows_they_are_of(rows, tmp_path):
     def timed(row, ratio: float) -> record.Row:
         time = record.Latency(

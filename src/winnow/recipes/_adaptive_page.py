@@ -85,7 +85,9 @@ def written(
     """OUT/adaptive.md and OUT/adaptive.png from rows; arms: names of the trainings, "main", "ablations", "again"
     (by other seeds) and "together"."""
     every = [row for row in rows if row.task == "compare-vlm"]
-    plain = next(row for row in every if row.role == "plain")
+    plain = next((row for row in every if row.role == "plain"), None)
+    if plain is None:
+        raise ValueError("no row is of the plain model: give results/vlm-scenes.jsonl as well")
     asked = [row for row in every if row.data == plain.data]
     trained = {row.train.recipe: row for row in rows if row.train is not None}
     main, patches = arms["main"], _patches(plain)
