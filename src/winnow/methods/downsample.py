@@ -68,7 +68,7 @@ class DownsampleReducer(Reducer):
     def forward(self, images: Tensor, patch: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """Images [B, 3, H, W] at the smaller size; `patch` in pixels."""
         assert isinstance(self.method, Downsample)
-        if not len(images):
+        if images.shape[0] == 0:  # len() would make the batch a constant where a model is exported
             raise ValueError(f"{self.method}: hosts resample positions for one image at least, and this batch is empty")
         h, w = self.method.grid((images.shape[-2] // patch[0], images.shape[-1] // patch[1]), patch)
         size = (h * patch[0], w * patch[1])
