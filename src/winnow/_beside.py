@@ -26,7 +26,7 @@ def enter(slot: Slot, *args: Any, begin: Callable[..., Tensor], **words: Any) ->
     seat: Any = slot.seat
     x = begin(slot, *args, **words)
     learned = (weight.requires_grad for block in seat.vlm.tower.blocks for weight in block.parameters())
-    seat.still = not x.requires_grad and not any(learned)
+    seat.still = torch.is_grad_enabled() and not x.requires_grad and not any(learned)
     n = x.shape[1] - seat.vlm.tower.setting.prefix
     token = seat.reducer.token(seat.budget(len(x), n), n, len(x), partial(seat.vlm.place, slot.module))
     return torch.cat([x, token[:, None].to(x.dtype)], 1)

@@ -108,26 +108,27 @@ class VisionTokenController(nn.Module):
     ) -> Tensor:
         """[B, N], 1 for the k (or k[b]) best of logits [B, N], else 0; in training the best after Gumbel noise, which is
         made of `noise` uniform in [0, 1) ([B, N]; [K, B, N] for select="sequential"), with the soft choice's gradient.
+        Where no noise is given, training draws it.
 
         patches [B, N, C]: what select="diverse" compares.
         """
+        drawn = gumbel(torch.rand_like(logits) if noise is None else noise.to(logits.dtype)) if self.training else None
         if self.select == "diverse":
-            return self._unlike(logits, k, noise, patches)
-        if not self.training:
+            return self._unlike(logits, k, drawn, patches)
+        if drawn is None:
             return masked_gumbel_softmax_topk(logits, torch.zeros_like(logits), k, hard=True, training=False)
-        drawn = torch.zeros_like(logits) if noise is None else gumbel(noise.to(logits.dtype))
         if self.select == "sequential":
             rounds = int(torch.as_tensor(k).max())
             drawn = drawn.expand(rounds, *logits.shape) if drawn.ndim == logits.ndim else drawn
             return n_times_gumbel_softmax(logits, k, self.tau, training=True, noise=drawn)
         return masked_gumbel_softmax_topk(logits, torch.zeros_like(logits), k, self.tau, True, True, drawn)
 
-    def _unlike(self, logits: Tensor, k: int | Tensor, noise: Tensor | None, patches: Tensor | None) -> Tensor:
+    def _unlike(self, logits: Tensor, k: int | Tensor, drawn: Tensor | None, patches: Tensor | None) -> Tensor:
         assert patches is not None, "what is compared is given where diversity chooses"
-        drawn = logits if noise is None or not self.training else logits + gumbel(noise.to(logits.dtype))
-        chosen = unlike(drawn, likeness(patches), k).to(logits.dtype)
-        soft = (drawn / self.tau).softmax(-1)
-        return chosen + (soft - soft.detach()) if self.training else chosen
+        logits = logits if drawn is None else logits + drawn
+        chosen = unlike(logits, likeness(patches), k).to(logits.dtype)
+        soft = (logits / self.tau).softmax(-1)
+        return chosen if drawn is None else chosen + (soft - soft.detach())
 
     def forward(
         self, vision_output: Tensor, token_budget: Any, budget_embedding: Tensor | None = None,
@@ -137,15 +138,12 @@ class VisionTokenController(nn.Module):
 
         token_budget: tokens (int) or share (float), or a tensor [B] of either. selected [B, 1+K, C] (without class token
         [B, K, C]): rows of images that keep fewer end in zeros; mask [B, N]: 1 where kept.
-        Training draws noise where none is given.
         """
         last = vision_output.shape[1] - (budget_embedding is None)
         patches = vision_output[:, 1:last]
         budget = vision_output[:, -1] if budget_embedding is None else budget_embedding
         k = tokens_of(check_budget(token_budget), patches.shape[1])
-        logits = self.logits(patches, budget)
-        noise = torch.rand_like(logits) if noise is None and self.training else noise
-        mask = self.keep(logits, k, noise, patches)
+        mask = self.keep(self.logits(patches, budget), k, noise, patches)
         most = int(torch.as_tensor(k).max())
         index = (mask.detach() < 0.5).int().argsort(dim=1, stable=True)[:, :most]
         selected = take(patches, index) * mask.gather(1, index).to(patches.dtype)[..., None]
