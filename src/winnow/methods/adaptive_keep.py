@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..parts.budget import SPREAD, BudgetEmbedding, VisionEncoderWithBudgetToken
 from ..parts.choose import top
 from ..parts.combine import drop, mask
 from ..parts.controller import HEADS, SELECTS, VisionTokenController
+from ..parts.settings import check_number
 from ..reducer import Facts, Method, Reducer, Setting, Signals
 from ..tokens import Tokens
 from ..ways import compact
@@ -95,8 +95,7 @@ class AdaptiveKeep(Method):
                 raise ValueError(
                     f"AdaptiveKeep({field}={getattr(self, field)!r}): {field} is one of {', '.join(map(repr, known))}"
                 )
-        if isinstance(self.tau, bool) or not isinstance(self.tau, Real) or not self.tau > 0:
-            raise ValueError(f"AdaptiveKeep(tau={self.tau!r}): a number above 0 is needed")
+        check_number("AdaptiveKeep", "tau", self.tau, above=True)
         if self.cls is True and self.train != "gather":
             raise ValueError(f'AdaptiveKeep: cls=True with train={self.train!r} leaves it no place; use train="gather"')
         if self.cls is True and self.text:
